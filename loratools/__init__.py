@@ -1,0 +1,141 @@
+"""loratools: inspect, merge, convert, resize, bake and extract LoRA adapters.
+
+Importing it does not import torch; an operation imports what it needs when it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from loratools.errors import LoraError
+from loratools.model import Adapter, Layout, Module, Rows, Target
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from loratools.ops.results import Info
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "Layout",
+    "LoraError",
+    "Module",
+    "Rows",
+    "Target",
+    "__version__",
+    "info",
+    "load",
+    "merge",
+    "save",
+]
+
+
+def load(path: str | PathLike[str], *, arch: str | None = None) -> Adapter:
+    """An adapter of any layout, lazily: names, shapes and scales now, data on request.
+
+    Args:
+        path: A file, or a folder that is an adapter (PEFT, MLX).
+        arch: The architecture ("sd15", "sdxl", "flux", …), overriding detection.
+
+    Raises:
+        LoraError: It cannot be read, or is no adapter; the message says what it is.
+    """
+    from loratools.ops.files import load as run
+
+    return run(path, arch=arch)
+
+
+def save(
+    adapter: Adapter,
+    path: str | PathLike[str],
+    *,
+    layout: str | None = None,
+    dtype: str = "keep",
+    drop: Iterable[str] = (),
+    overwrite: bool = False,
+) -> int:
+    """Write an adapter, whole or not at all.
+
+    Args:
+        adapter: From ``load``, ``merge``, …
+        path: A file, or a folder where the layout wants one (PEFT).
+        layout: "kohya", "diffusers", "peft"; default: the one it came in.
+        dtype: The store dtype: "float32", "float16", "bfloat16", or "keep".
+        drop: What may be left out: "extras", the tensors that belong to no module.
+        overwrite: Whether an existing output may be replaced.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        LoraError: The layout cannot hold everything, or the output cannot be written; nothing is left behind.
+    """
+    from loratools.ops.files import save as run
+
+    return run(adapter, path, layout=layout, dtype=dtype, drop=drop, overwrite=overwrite)
+
+
+def merge(
+    adapters: Sequence[Adapter],
+    *,
+    weights: Sequence[float] | None = None,
+    method: str = "linear",
+    rank: int | None = None,
+    layout: str | None = None,
+    dtype: str = "keep",
+    device: str = "auto",
+    allow_nonfinite: bool = False,
+    drop: Iterable[str] = (),
+    **options: Any,
+) -> Adapter:
+    """Combine adapters of one architecture into one.
+
+    Args:
+        adapters: From ``load``; rank, alpha, layout, dtype and modules may differ.
+        weights: What each ΔW is multiplied by; default 1 each.
+        method: "linear" (Σ weight · ΔW exactly), "concat", "ties".
+        rank: Of the result, a count; None: lossless where the method allows it.
+        layout: Of the result; default as the first adapter came.
+        dtype: The store dtype: "float32", "float16", "bfloat16", or "keep".
+        device: Where to compute: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        allow_nonfinite: Go on with NaN or Inf in a factor.
+        drop: What may be left out: "extras", the tensors that belong to no module.
+        options: The method's own: ``density`` (the fraction kept, in (0, 1]), ``lam``, ``seed``.
+
+    Raises:
+        LoraError: They cannot be merged; the message says which and why.
+    """
+    from loratools.ops.merge import merge as run
+
+    merged, _ = run(
+        adapters,
+        weights=weights,
+        method=method,
+        rank=rank,
+        layout=layout,
+        dtype=dtype,
+        device=device,
+        allow_nonfinite=allow_nonfinite,
+        drop=drop,
+        **options,
+    )
+    return merged
+
+
+def info(path: str | PathLike[str], *, norms: bool = True, arch: str | None = None) -> Info:
+    """What a file is: layout, architecture, kinds, components, modules, ranks, norms and training metadata.
+
+    Args:
+        path: A file, or a folder that is an adapter.
+        norms: Whether to compute norms and spectra of ΔW, which reads the factors.
+        arch: The architecture, overriding detection.
+
+    Raises:
+        LoraError: It cannot be read.
+    """
+    from loratools.ops.inspect import info as run
+
+    return run(path, norms=norms, arch=arch)

@@ -1,0 +1,125 @@
+"""Every exception that loratools raises on purpose, on one screen.
+
+A message has four parts: where (file: key), what is wrong with the values, what was expected, what to do.
+Each class has a built-in second base, so that a caller may catch either.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+_SHOWN = 5
+
+
+class LoraError(Exception):
+    """The base of every error that loratools raises on purpose.
+
+    Attributes:
+        path: The file at fault, where there is one.
+        keys: All offending tensor names or modules (the message shows the first five).
+        candidates: What the caller may have meant.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        keys: Iterable[str] = (),
+        candidates: Iterable[str] = (),
+        expected: str = "",
+        todo: str = "",
+    ) -> None:
+        self.path = os.fspath(path) if path is not None else None
+        self.keys = tuple(keys)
+        self.candidates = tuple(candidates)
+        self.problem = problem
+        super().__init__(_message(self.path, problem, self.keys, self.candidates, expected, todo))
+
+    def __str__(self) -> str:
+        # KeyError would show its argument in quotes, OSError its errno.
+        return str(self.args[0])
+
+
+class MissingFileError(LoraError, FileNotFoundError):
+    """A path that does not exist, or a folder that holds nothing to read."""
+
+
+class MalformedFileError(LoraError, ValueError):
+    """A file that is not what its content claims: truncated, overlapping offsets, not a known container."""
+
+
+class UnsafePickleError(LoraError, ValueError):
+    """A pickle that would have to run code to be read. ``keys`` holds what it wanted to import."""
+
+
+class NotAnAdapterError(LoraError, ValueError):
+    """A readable file that is something else (checkpoint, textual inversion, …), or an adapter we cannot use."""
+
+
+class IncompleteModuleError(LoraError, ValueError):
+    """A module that lacks a factor: up without down, a magnitude without factors."""
+
+
+class ShapeError(LoraError, ValueError):
+    """Factors that do not fit each other, or two adapters that disagree on a weight's shape."""
+
+
+class NonFiniteError(LoraError, ValueError):
+    """NaN or Inf in a factor."""
+
+
+class UnsupportedKindError(LoraError, NotImplementedError):
+    """An adapter kind that an operation cannot handle; named, never skipped."""
+
+
+class ArchitectureError(LoraError, ValueError):
+    """Adapters of different architectures, or an architecture name nobody has described."""
+
+
+class LayoutError(LoraError, ValueError):
+    """What a layout cannot hold, or a layout that cannot be written."""
+
+
+class NameResolutionError(LoraError, KeyError):
+    """A key that resolves to no module, or to more than one."""
+
+
+class OptionError(LoraError, ValueError):
+    """Options that contradict each other or the inputs."""
+
+
+class OutputExistsError(LoraError, FileExistsError):
+    """The output is already there and overwriting was not asked for."""
+
+
+class WriteError(LoraError, OSError):
+    """The output could not be written; nothing was left behind."""
+
+
+def shown(names: Sequence[str], limit: int = _SHOWN) -> str:
+    """The first names, and the count of the others."""
+    head = ", ".join(names[:limit])
+    return head if len(names) <= limit else f"{head} and {len(names) - limit} more"
+
+
+def _message(
+    path: str | None,
+    problem: str,
+    keys: Sequence[str],
+    candidates: Sequence[str],
+    expected: str,
+    todo: str,
+) -> str:
+    text = f"{path}: {problem}" if path else problem
+    if keys:
+        text += f" ({shown(keys)})"
+    parts = [text.rstrip(".") + "."]
+    if expected:
+        parts.append(expected.rstrip(".") + ".")
+    if candidates:
+        parts.append(f"Did you mean: {shown(candidates)}?")
+    if todo:
+        parts.append(todo.rstrip(".") + ".")
+    return " ".join(parts)

@@ -1,0 +1,179 @@
+"""What every layout declares, and what a reader sees of a file before it knows the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+from loratools.errors import LayoutError
+from loratools.model import EMPTY, Adapter, Layout, Module, Target
+from loratools.tensors import TensorRef
+
+
+@dataclass(slots=True)
+class Group:
+    """The tensors of one module, before its name is understood.
+
+    Attributes:
+        stem: The keys without their suffixes, as the file spells them.
+        name: The stem without wrappers (``base_model.model.``, ``_orig_mod.``, ``.processor``).
+        style: The spelling family of the suffixes.
+        roles: Tensors by role.
+    """
+
+    stem: str
+    name: str
+    style: str
+    roles: dict[str, TensorRef] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a file shows before its layout is known.
+
+    Attributes:
+        groups: Its modules, by stem.
+        keys: All keys, in the file's order.
+        metadata: The header's string metadata.
+        config: adapter_config.json, or empty.
+        container: "safetensors", "pickle" or "npz".
+        objects: What a pickle held beside tensors.
+        arch: The detected architecture's name, or "unknown".
+        sequence: Whether a pickle held a bare list of tensors.
+    """
+
+    groups: Mapping[str, Group]
+    keys: tuple[str, ...]
+    metadata: Mapping[str, str] = field(default_factory=lambda: EMPTY)
+    config: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
+    container: str = "safetensors"
+    objects: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
+    arch: str = "unknown"
+    sequence: bool = False
+
+    @cached_property
+    def styles(self) -> dict[str, int]:
+        """How many modules are spelt in each style."""
+        counts: dict[str, int] = {}
+        for group in self.groups.values():
+            counts[group.style] = counts.get(group.style, 0) + 1
+        return counts
+
+    @cached_property
+    def style(self) -> str:
+        """The style that most modules are spelt in."""
+        return max(self.styles, key=lambda style: self.styles[style], default="")
+
+    def share(self, prefixes: tuple[str, ...]) -> float:
+        """The fraction of modules whose stem begins with one of these prefixes."""
+        if not self.groups:
+            return 0.0
+        return sum(stem.startswith(prefixes) for stem in self.groups) / len(self.groups)
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How a module's product is scaled, and which alpha states it.
+
+    Attributes:
+        value: The multiplier.
+        alpha: As stated, or None.
+        note: What the reader should know, or empty.
+    """
+
+    value: float
+    alpha: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """What is to be written: tensors with their keys, metadata, and files beside.
+
+    Attributes:
+        tensors: In the file's order, named by their keys.
+        metadata: The header's string metadata.
+        config: adapter_config.json for a folder layout, else None.
+        ordered: Whether the tensors keep the order given instead of the container's usual one.
+    """
+
+    tensors: tuple[TensorRef, ...]
+    metadata: Mapping[str, str]
+    config: Mapping[str, Any] | None = None
+    ordered: bool = False
+
+
+class Scaler(Protocol):
+    """How a layout scales a module that states no alpha of its own."""
+
+    def __call__(self, group: Group, component: str, rank: int, facts: Facts) -> Scale:
+        """The scale of one module of ``rank``."""
+
+
+class Speller(Protocol):
+    """How a layout spells one module's tensors."""
+
+    def __call__(self, module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef]:
+        """The module's tensors under their keys.
+
+        Raises:
+            LayoutError: The layout has no name or place for it.
+        """
+
+
+class Finisher(Protocol):
+    """How a layout completes the document once all modules are spelt."""
+
+    def __call__(self, adapter: Adapter, tensors: list[TensorRef], layout: Layout) -> Document:
+        """The whole document."""
+
+
+def unscaled(group: Group, component: str, rank: int, facts: Facts) -> Scale:  # noqa: ARG001
+    """A layout in which alpha equals the rank unless it is stated."""
+    return Scale(1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One layout.
+
+    Attributes:
+        name: As in ``--to``.
+        title: What people call it.
+        claims: How sure the layout is that a file is its own: 0 (no) to 1; the highest wins.
+        variant: Which generation or dialect of it a file is.
+        prefixes: Component prefixes used where the architecture's table does not tell, longest first.
+        scaler: How modules without an alpha tensor are scaled.
+        flipped: Whether factors are stored transposed: down (in, rank), up (rank, out).
+        speller: How to write a module, or None where the layout is only read.
+        finisher: How to complete what is written.
+        folder: Whether it is written as a folder.
+        dialect: Which names of an architecture it uses ("native", "diffusers"), or "kohya": as its component says.
+        rename: Cleans a stem of the layout's own decorations.
+    """
+
+    name: str
+    title: str
+    claims: Callable[[Facts], float]
+    variant: Callable[[Facts], str] = lambda _: ""
+    prefixes: tuple[tuple[str, str], ...] = ()
+    scaler: Scaler = unscaled
+    flipped: Callable[[Facts], bool] = lambda _: False
+    speller: Speller | None = None
+    finisher: Finisher | None = None
+    folder: bool = False
+    dialect: str = "diffusers"
+
+    def locate(self, name: str) -> Target:
+        """A target by prefix alone, for names that no table explains."""
+        for prefix, component in self.prefixes:
+            if name.startswith(prefix) and len(name) > len(prefix):
+                return Target(component, name[len(prefix) :])
+        return Target("model", name)
+
+
+def cannot_hold(layout: Layout, what: str, keys: list[str], todo: str = "") -> LayoutError:
+    """The error for what a layout has no place for."""
+    return LayoutError(f"the {layout.name} layout cannot hold {what}", keys=keys, todo=todo)

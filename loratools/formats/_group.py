@@ -1,0 +1,84 @@
+"""Keys into groups: one group per module, everything else left over."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from loratools.errors import NotAnAdapterError
+from loratools.formats._base import Group
+from loratools.formats._parse import Part, split
+from loratools.tensors import TensorRef
+
+# Put around a model by training frameworks; the weight below is the same.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod)\.")
+_PEFT = "base_model.model."
+
+# diffusers' first format names the projections after the attention processor's attributes.
+_PROCESSOR_OUT = re.compile(r"\.to_out$")
+_CLIP_PROJECTION = re.compile(r"\.self_attn\.to_(q|k|v|out)$")
+
+_STEMLESS = "(whole model)"
+
+
+def group(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Group], dict[str, TensorRef]]:
+    """Take all keys apart.
+
+    Returns:
+        The modules by stem, in the file's order, and the tensors that belong to none.
+
+    Raises:
+        NotAnAdapterError: The file holds several adapters under different names.
+    """
+    groups: dict[str, Group] = {}
+    left: dict[str, TensorRef] = {}
+    adapters: set[str] = set()
+    for key, ref in tensors.items():
+        part = split(key)
+        if part is None:
+            left[key] = ref
+            continue
+        if part.adapter:
+            adapters.add(part.adapter)
+        stem = _stem(part)
+        found = groups.get(stem)
+        if found is None:
+            found = groups[stem] = Group(stem, clean(stem, part.suffix.style), part.suffix.style)
+        found.style = found.style or part.suffix.style
+        found.roles[part.suffix.role] = ref
+    if len(adapters) > 1:
+        raise NotAnAdapterError(
+            f"the file holds {len(adapters)} adapters at once",
+            keys=sorted(adapters),
+            todo="Save them one by one, or keep the keys of one",
+        )
+    _claim_ia3(groups, left)
+    return groups, left
+
+
+def _stem(part: Part) -> str:
+    # A network alpha may be named after the processor's attribute: to_q_lora.alpha beside to_q_lora.up.weight.
+    if part.suffix.role == "alpha" and part.stem.endswith("_lora"):
+        return part.stem.removesuffix("_lora")
+    return part.stem or _STEMLESS
+
+
+def clean(stem: str, style: str = "") -> str:
+    """A stem without the wrappers that frameworks put around or inside a model's names."""
+    name = _WRAPPERS.sub("", stem)
+    while name.startswith(_PEFT):
+        name = name[len(_PEFT) :]
+    if style == "attn-procs":
+        name = name.replace(".processor.", ".")
+        found = _CLIP_PROJECTION.search(name)
+        if found:
+            return name[: found.start()] + f".self_attn.{found[1]}_proj"
+        name = _PROCESSOR_OUT.sub(".to_out.0", name)
+    return name
+
+
+def _claim_ia3(groups: dict[str, Group], left: dict[str, TensorRef]) -> None:
+    # LyCORIS' (IA)³ stores its vector as a plain ".weight"; only the flag beside it tells.
+    for stem, found in groups.items():
+        if "on_input" in found.roles and f"{stem}.weight" in left:
+            found.roles["ia3_weight"] = left.pop(f"{stem}.weight")

@@ -1,0 +1,35 @@
+"""Targets spelt by their architecture's tables; layouts add prefixes and suffixes."""
+
+from __future__ import annotations
+
+from loratools import archs
+from loratools.formats._base import cannot_hold
+from loratools.model import Layout, Target
+
+
+def component(arch: str, name: str) -> archs.Component | None:
+    """The component's row in the architecture's table, or None where it has none."""
+    table = archs.all_archs().get(arch)
+    return next((row for row in table.components if row.name == name), None) if table is not None else None
+
+
+def body(arch: str, target: Target, dialect: str, separator: str, layout: Layout) -> str:
+    """A target's name without prefix or suffix.
+
+    Args:
+        arch: The architecture's name, or "unknown".
+        target: The weight.
+        dialect: "native" or "diffusers".
+        separator: "." or "_".
+        layout: For the message.
+
+    Raises:
+        LayoutError: It is part of a fused weight that the dialect does not spell in such parts.
+    """
+    if component(arch, target.component) is not None:
+        spelt = archs.get(arch).spell(target.component, target.path, target.rows, dialect, separator)
+        if spelt is not None:
+            return spelt
+    if target.rows is not None:
+        raise cannot_hold(layout, "part of a fused weight", [str(target)])
+    return target.path.replace(".", "_") if separator == "_" else target.path

@@ -1,0 +1,111 @@
+"""adapter_config.json: the scale it gives each module, and a true one for modules that are to be written.
+
+Sources: PEFT ``tuners/lora/config.py`` and ``tuners/tuners_utils.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from loratools.formats._base import Scale
+from loratools.model import Module
+
+# What a LoraConfig says that a computed adapter no longer has.
+_RESET: dict[str, Any] = {
+    "use_rslora": False,
+    "use_dora": False,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "exclude_modules": None,
+    "loftq_config": {},
+    "corda_config": None,
+    "eva_config": None,
+    "lora_ga_config": None,
+    "init_lora_weights": True,
+    "inference_mode": True,
+}
+
+
+def pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first pattern that matches, by PEFT's rule: the key may be any dotted tail of the name."""
+    for pattern, value in (patterns or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        except re.error:
+            if module == pattern or module.endswith("." + pattern):
+                return value
+    return default
+
+
+def scale(config: Mapping[str, Any], module: str, rank: int) -> Scale:
+    """alpha / rank, or alpha / sqrt(rank) with rsLoRA, as the configuration has it for this module.
+
+    Args:
+        config: A LoraConfig as a mapping.
+        module: The module's dotted path in the base model.
+        rank: The rank of its tensors, which is what PEFT divides by when the configuration is true.
+    """
+    alpha = pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+    stated = pattern_value(config.get("rank_pattern"), module, config.get("r"))
+    note = ""
+    if isinstance(stated, int) and stated != rank:
+        note = f"adapter_config.json says rank {stated} for {module}, its tensors have rank {rank}"
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        return Scale(1.0, None, note or "the configuration states no lora_alpha; a scale of 1 is assumed")
+    divisor = math.sqrt(rank) if config.get("use_rslora") else rank
+    return Scale(alpha / divisor, float(alpha), note)
+
+
+def build(
+    modules: Iterable[tuple[str, Module]], start: Mapping[str, Any], *, keep_targets: bool
+) -> dict[str, Any]:
+    """A configuration that is true for these modules.
+
+    Args:
+        modules: Dotted path in the base model, and module.
+        start: A configuration to keep the other fields of, or empty.
+        keep_targets: Whether ``target_modules`` of ``start`` names exactly these modules.
+
+    Returns:
+        A mapping that PEFT's LoraConfig accepts.
+    """
+    found = list(modules)
+    ranks = {path: module.rank or 1 for path, module in found}
+    alphas = {path: module.scale * ranks[path] for path, module in found}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    config: dict[str, Any] = {"peft_type": "LORA", "task_type": None, "bias": "none", **start}
+    config.update({key: value for key, value in _RESET.items() if key in start or key == "inference_mode"})
+    config.update(
+        r=rank,
+        lora_alpha=_whole(alpha),
+        rank_pattern={_exactly(path): value for path, value in sorted(ranks.items()) if value != rank},
+        alpha_pattern={
+            _exactly(path): _whole(value) for path, value in sorted(alphas.items()) if value != alpha
+        },
+    )
+    if not keep_targets or not config.get("target_modules"):
+        config["target_modules"] = sorted(ranks)
+    if any("up_bias" in module.factors for _, module in found):
+        config["lora_bias"] = True
+    elif "lora_bias" in config:
+        config["lora_bias"] = False
+    if any(module.magnitude is not None for _, module in found):
+        config["use_dora"] = True
+    if any(module.in_first and module.op == "linear" for _, module in found):
+        config["fan_in_fan_out"] = True
+    return config
+
+
+def _exactly(path: str) -> str:
+    # PEFT matches a pattern against any dotted tail; anchored, it means this module alone.
+    return "^" + re.escape(path)
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if value == int(value) else value

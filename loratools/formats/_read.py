@@ -1,0 +1,298 @@
+"""An open file into the common model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from loratools import archs, kinds
+from loratools.errors import IncompleteModuleError, NameResolutionError, NotAnAdapterError
+from loratools.formats import _classify
+from loratools.formats._base import Facts, Format, Group, Scale
+from loratools.formats._group import group
+from loratools.kinds import lora
+from loratools.model import EMPTY, Adapter, Layout, Module, Target
+from loratools.registry import scan
+from loratools.tensors import TensorRef
+
+_IDENTITY = ("llm", "speech", "vision")
+
+
+def read(
+    tensors: Mapping[str, TensorRef],
+    *,
+    metadata: Mapping[str, str] = EMPTY,
+    config: Mapping[str, Any] = EMPTY,
+    container: str = "safetensors",
+    objects: Mapping[str, Any] = EMPTY,
+    sequence: bool = False,
+    arch: str | None = None,
+    path: str = "",
+) -> Adapter:
+    """Name every tensor of a file.
+
+    Args:
+        tensors: By key, in the file's order.
+        metadata: The header's string metadata.
+        config: The configuration beside the file, or empty.
+        container: "safetensors", "pickle" or "npz".
+        objects: What a pickle held beside tensors.
+        sequence: Whether a pickle held a bare list of tensors.
+        arch: The architecture, overriding detection.
+        path: For messages.
+
+    Returns:
+        The adapter; its ``type`` says what the file is instead where it is none, and then it has no modules.
+
+    Raises:
+        LoraError: A module is incomplete, its shapes disagree, or two keys name one weight.
+    """
+    if sequence:
+        tensors = _listed(tensors)
+    groups, extras = group(tensors)
+    facts = Facts(groups, tuple(tensors), metadata, config, container, objects, "unknown", sequence)
+    kind = _classify.classify(facts, extras)
+    if kind != "adapter":
+        notes = _classify.notes(facts, kind)
+        layout = Layout("peft" if "peft_type" in config else _classify.LAYOUTS.get(kind, "unknown"), "", container)
+        return Adapter({}, dict(tensors), metadata, "unknown", layout, config, path, notes, kind, tuple(tensors))
+    return _Reader(facts, extras, arch, path).adapter()
+
+
+def _listed(tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
+    """Names for a bare list of matrices: up and down alternate."""
+    refs = list(tensors.values())
+    if len(refs) % 2 or any(len(ref.shape) not in (2, 4) for ref in refs):
+        return dict(tensors)
+    named: dict[str, TensorRef] = {}
+    for number in range(0, len(refs), 2):
+        for role, ref in (("up", refs[number]), ("down", refs[number + 1])):
+            key = f"{number // 2}:{role}"
+            named[key] = ref.renamed(key)
+    return named
+
+
+class _Reader:
+    """One pass over a file that is known to be an adapter."""
+
+    def __init__(self, facts: Facts, extras: dict[str, TensorRef], arch: str | None, path: str) -> None:
+        self.extras = extras
+        self.path = path
+        self.notes: list[str] = []
+        self.scales: list[str] = []
+        self.facts, self.resolved = self._detect(facts, arch)
+        self.format = self._format()
+        self.flipped = self.format.flipped(self.facts)
+
+    def adapter(self) -> Adapter:
+        """All groups as modules."""
+        modules: dict[Target, Module] = {}
+        owners: dict[Target, str] = {}
+        for stem, found in self.facts.groups.items():
+            if not found.roles.keys() - {"alpha", "magnitude", "scalar"}:
+                self._orphan(found)
+                continue
+            module = self._module(found)
+            if module.target in modules:
+                raise NameResolutionError(
+                    f"two modules name {module.target}",
+                    path=self.path,
+                    keys=[owners[module.target], stem],
+                    todo="Keep one of them",
+                )
+            modules[module.target] = module
+            owners[module.target] = stem
+        self._summarise_scales()
+        facts = self.facts
+        layout = Layout(self.format.name, self.format.variant(facts), facts.container)
+        return Adapter(
+            modules,
+            self.extras,
+            facts.metadata,
+            facts.arch,
+            layout,
+            facts.config,
+            self.path,
+            tuple(self.notes),
+            "ia3" if {module.kind for module in modules.values()} == {"ia3"} else "adapter",
+            facts.keys,
+        )
+
+    def _detect(self, facts: Facts, arch: str | None) -> tuple[Facts, Mapping[str, archs.Resolved]]:
+        names = {found.name: _widths(found) for found in facts.groups.values()}
+        base = str(facts.config.get("base_model_name_or_path") or facts.config.get("model") or "")
+        if arch is not None:
+            chosen = archs.get(arch)
+            resolved = {name: match for name in names if (match := chosen.resolve(name)) is not None}
+            return dataclasses.replace(facts, arch=arch), resolved
+        found = archs.detect(names, facts.metadata, base)
+        self.notes.extend(found.notes)
+        return dataclasses.replace(facts, arch=found.arch), found.resolved
+
+    def _format(self) -> Format:
+        formats: Mapping[str, Format] = scan("loratools.formats", "FORMAT")
+        claims = {name: found.claims(self.facts) for name, found in formats.items()}
+        best = max(claims, key=lambda name: claims[name])
+        return formats[best] if claims[best] > 0 else _UNKNOWN
+
+    def _orphan(self, found: Group) -> None:
+        keys = [ref.name for ref in found.roles.values()]
+        if "magnitude" in found.roles:
+            raise IncompleteModuleError(
+                f"{found.stem} has a magnitude but no factors", path=self.path, keys=keys
+            )
+        for ref in found.roles.values():
+            self.extras[ref.name] = ref
+        self.notes.append(f"{found.stem} states an alpha but has no factors")
+
+    def _module(self, found: Group) -> Module:
+        roles = dict(found.roles)
+        op = "embedding" if "embedding_up" in roles else "linear"
+        if op == "embedding":
+            roles["up"] = roles.pop("embedding_up")
+            if "embedding_down" in roles:
+                roles["down"] = roles.pop("embedding_down")
+        if self.flipped:
+            roles |= {role: roles[role].flipped() for role in ("up", "down") if role in roles}
+        factors = {role: ref for role, ref in roles.items() if role not in ("alpha", "magnitude")}
+        kind = self._kind(found, roles, factors)
+        if kind.name == "lora":
+            lora.check(f"{self.path}: {found.stem}" if self.path else found.stem, factors)
+        rank, shape = kind.rank(factors), kind.shape(factors)
+        target = self._target(found)
+        scale = self._scale(found, roles, target, rank, kind.name)
+        in_first = op == "embedding" or self._in_first(target)
+        return Module(
+            target=target,
+            kind=kind.name,
+            factors=factors,
+            scale=scale.value,
+            alpha=scale.alpha,
+            rank=rank,
+            shape=shape,
+            op="conv" if shape is not None and len(shape) > 2 and kind.low_rank else op,
+            alpha_tensor=roles.get("alpha"),
+            magnitude=roles.get("magnitude"),
+            magnitude_axis=_axis(roles.get("magnitude")),
+            in_first=in_first,
+        )
+
+    def _kind(self, found: Group, roles: Mapping[str, TensorRef], factors: Mapping[str, TensorRef]) -> kinds.Kind:
+        kind = kinds.of_roles(roles)
+        if kind is None:
+            if {"up", "down"} & roles.keys():
+                lora.check(f"{self.path}: {found.stem}" if self.path else found.stem, factors)
+            raise IncompleteModuleError(
+                f"{found.stem} has tensors that make no adapter kind",
+                path=self.path,
+                keys=[ref.name for ref in roles.values()],
+                expected="A module needs all factors of one kind, such as up and down",
+            )
+        if kind.name == "lora" and self._experts(found, factors):
+            return kinds.get("experts")
+        return kind
+
+    def _experts(self, found: Group, factors: Mapping[str, TensorRef]) -> bool:
+        up, down = factors["up"].shape, factors["down"].shape
+        # Three axes are stacked experts, unless they are a one-dimensional convolution's.
+        if len(up) == len(down) == 3 and (up[2] != 1 or up[1] != down[0]):
+            return True
+        # PEFT wraps the parameters of one module in turn: the outer ones are named "<module>.base_layer".
+        name = found.name
+        while name.endswith(".base_layer"):
+            name = name.removesuffix(".base_layer")
+        packed = self.facts.config.get("target_parameters") or ()
+        owners = {str(parameter).rpartition(".")[0] for parameter in packed}
+        return any(owner and (name == owner or name.endswith("." + owner)) for owner in owners)
+
+    def _target(self, found: Group) -> Target:
+        match = self.resolved.get(found.name)
+        # Names that nobody has described keep the component that the layout's prefix gives them.
+        if match is not None and self.facts.arch != "unknown":
+            return Target(match.component, match.path, match.rows)
+        return self.format.locate(found.name)
+
+    def _in_first(self, target: Target) -> bool:
+        return bool(self.facts.config.get("fan_in_fan_out")) and target.component not in (
+            "denoiser",
+            "text_encoder",
+        )
+
+    def _scale(
+        self, found: Group, roles: Mapping[str, TensorRef], target: Target, rank: int | None, kind: str
+    ) -> Scale:
+        if kind == "lokr" and {"lokr_w1", "lokr_w2"} <= roles.keys():
+            return Scale(1.0, roles["alpha"].scalar() if "alpha" in roles else None)
+        if rank is None:
+            return Scale(1.0)
+        if kind == "adalora":
+            return _pruned_scale(roles, self.facts.config, rank)
+        if "alpha" in roles:
+            alpha = roles["alpha"].scalar()
+            return Scale(alpha / rank, alpha)
+        scale = self.format.scaler(found, target.component, rank, self.facts)
+        if scale.note:
+            self.scales.append(scale.note)
+        return scale
+
+    def _summarise_scales(self) -> None:
+        """One note for each thing said of the scales, however many modules it was said of."""
+        unique = list(dict.fromkeys(self.scales))
+        if len(unique) > 3:
+            unique = [*unique[:2], f"{len(unique) - 2} more modules like that"]
+        self.notes.extend(unique)
+
+
+def _widths(found: Group) -> tuple[int, int] | None:
+    """The weight's height and width, as far as the factors tell."""
+    roles = {role.removeprefix("embedding_"): ref for role, ref in found.roles.items()}
+    if "up" in roles and "down" in roles:
+        up, down = roles["up"].shape, roles["down"].shape
+        return (up[0], down[1]) if len(up) > 1 and len(down) > 1 else None
+    kind = kinds.of_roles(roles)
+    shape = kind.shape(roles) if kind is not None else None
+    return (shape[0], shape[1]) if shape is not None and len(shape) > 1 else None
+
+
+def _pruned_scale(roles: Mapping[str, TensorRef], config: Mapping[str, Any], rank: int) -> Scale:
+    """AdaLoRA's scale: alpha over the rank that pruning left, as PEFT's SVDLinear has it."""
+    alpha = config.get("lora_alpha")
+    if not isinstance(alpha, int | float):
+        return Scale(1.0, None, "the configuration states no lora_alpha; a scale of 1 is assumed")
+    left = roles["ranknum"].scalar() if "ranknum" in roles else rank
+    return Scale(alpha / (left + 1e-5), float(alpha))
+
+
+def _axis(magnitude: TensorRef | None) -> str | None:
+    """Which axis of the weight DoRA's magnitude runs along.
+
+    LyCORIS and OneTrainer store one value per input as (1, in, …), PEFT a convolution's as (1, out, 1, 1) under its
+    own name; one-dimensional ones are per output.
+    """
+    if magnitude is None:
+        return None
+    several = len(magnitude.shape) > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] > 1
+    return "in" if several and magnitude.name.endswith("dora_scale") else "out"
+
+
+def _located(_: Facts) -> float:
+    return 0.0
+
+
+_UNKNOWN = Format(name="unknown", title="unknown", claims=_located)
+
+
+def refuse_other_types(adapter: Adapter) -> None:
+    """Refuse what is not an adapter.
+
+    Raises:
+        NotAnAdapterError: The file is something else; the message says what.
+    """
+    if adapter.type == "adapter":
+        return
+    raise NotAnAdapterError(
+        f"this is {_classify.TITLES.get(adapter.type, adapter.type)}, not a LoRA adapter",
+        path=adapter.path or None,
+        todo="`loratools info` describes it",
+    )

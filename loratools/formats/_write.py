@@ -1,0 +1,69 @@
+"""The common model into a document: tensors under their keys, metadata, and what lies beside."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from loratools.errors import LayoutError
+from loratools.formats._base import Document, Format
+from loratools.model import Adapter, Layout
+from loratools.tensors import TensorRef
+
+
+def document(adapter: Adapter, layout: Layout, form: Format) -> Document:
+    """What has to be written.
+
+    An adapter that is written in the layout it came in keeps its keys, their order and its metadata; computed ones
+    (those without an ``order``) are completed by the layout.
+
+    Raises:
+        LayoutError: The layout cannot hold a module, or extras that only another layout can name.
+    """
+    same = layout.name == adapter.layout.name and layout.variant == adapter.layout.variant
+    if same and adapter.order:
+        return _verbatim(adapter, form)
+    if form.speller is None or form.finisher is None:
+        raise LayoutError(
+            f"the {form.title} layout can be read but not written yet", todo="Choose another with --to"
+        )
+    foreign = [] if layout.name == adapter.layout.name else list(adapter.extras)
+    if foreign:
+        raise LayoutError(
+            f"the {form.title} layout cannot hold {len(foreign)} tensors that belong to no module",
+            path=adapter.path or None,
+            keys=foreign,
+            todo="Leave them out with --drop extras, or keep the layout they came in",
+        )
+    tensors: list[TensorRef] = []
+    for module in adapter.modules.values():
+        named = [ref for _, ref in module.tensors()]
+        keep = same and all(ref.name for ref in named) and module.alpha_tensor is not None
+        tensors += named if keep else form.speller(module, adapter, layout)
+    tensors += adapter.extras.values()
+    _refuse_twins(tensors)
+    return form.finisher(adapter, tensors, layout)
+
+
+def _verbatim(adapter: Adapter, form: Format) -> Document:
+    named: dict[str, TensorRef] = dict(adapter.extras)
+    for module in adapter.modules.values():
+        for _, ref in module.tensors():
+            named[ref.name] = _as_stored(ref)
+    tensors = tuple(named[key] for key in adapter.order if key in named)
+    missing = [key for key in adapter.order if key not in named]
+    if missing:
+        raise LayoutError("keys of the file belong to no module and no extras", keys=missing)
+    config: Mapping[str, object] | None = adapter.config if form.folder and adapter.config else None
+    return Document(tensors, adapter.metadata, config, ordered=True)
+
+
+def _as_stored(ref: TensorRef) -> TensorRef:
+    """A transposed view back in the orientation of its file."""
+    return ref.flipped() if ref.transposed else ref
+
+
+def _refuse_twins(tensors: list[TensorRef]) -> None:
+    twins = [name for name, count in Counter(ref.name for ref in tensors).items() if count > 1]
+    if twins:
+        raise LayoutError("several modules would be written under one key", keys=twins)

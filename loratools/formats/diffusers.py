@@ -1,0 +1,145 @@
+"""diffusers' layout, all its generations.
+
+The same weight has been spelt ``unet.….attn1.processor.to_q_lora.down.weight`` (attn-procs, 2023),
+``unet.….attn1.to_q.lora.down.weight`` (lora-updown) and ``unet.….attn1.to_q.lora_A.weight`` (peft-keys), with or
+without the component's prefix. Scales are in the header (``lora_adapter_metadata``: a LoraConfig per component) or in
+alpha tensors; a file with neither has alpha = rank. Source: diffusers ``loaders/lora_base.py`` and
+``utils/state_dict_utils.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from loratools.errors import MalformedFileError
+from loratools.formats import _names, _peft_config
+from loratools.formats._base import Document, Facts, Format, Group, Scale, cannot_hold
+from loratools.model import Adapter, Layout, Module
+from loratools.tensors import TensorRef
+
+_HEADER = "lora_adapter_metadata"
+_PREFIXES = (
+    ("text_encoder_3.", "text_encoder_3"),
+    ("text_encoder_2.", "text_encoder_2"),
+    ("text_encoder.", "text_encoder"),
+    ("transformer.", "denoiser"),
+    ("unet.", "denoiser"),
+)
+_IMAGE_BODIES = ("down_blocks.", "up_blocks.", "mid_block.", "transformer_blocks.", "single_transformer_blocks.")
+_SUFFIXES = {
+    "peft-keys": {"up": "lora_B.weight", "down": "lora_A.weight", "up_bias": "lora_B.bias"},
+    "lora-updown": {"up": "lora.up.weight", "down": "lora.down.weight"},
+}
+
+
+def _claims(facts: Facts) -> float:
+    if facts.style == "attn-procs":
+        return 0.95
+    if facts.style in ("cloneofsimo", "sam"):
+        return 0.0
+    known = facts.arch not in ("llm", "speech", "vision")
+    if known and facts.share(tuple(prefix for prefix, _ in _PREFIXES)) > 0.5:
+        # GPT-2's own modules also begin with "transformer."; its body is h.0 and so on.
+        return 0.7 if not facts.share(("transformer.h.",)) else 0.0
+    if _HEADER in facts.metadata:
+        return 0.85
+    if not facts.share(("base_model.",)) and facts.share(_IMAGE_BODIES) > 0.5:
+        return 0.6
+    return 0.0
+
+
+def _variant(facts: Facts) -> str:
+    if facts.style == "attn-procs":
+        return "attn-procs"
+    if not facts.share(tuple(prefix for prefix, _ in _PREFIXES)):
+        return "no-prefix"
+    return "lora-updown" if facts.style == "updown" else "peft-keys"
+
+
+def _scaler(group: Group, component: str, rank: int, facts: Facts) -> Scale:
+    text = facts.metadata.get(_HEADER)
+    if not text:
+        return Scale(1.0)
+    names = [prefix[:-1] for prefix, owner in _PREFIXES if owner == component]
+    prefix = next((name for name in names if group.name.startswith(name + ".")), "")
+    config = _configs(text).get(prefix) or _configs(text).get(names[-1] if names else "")
+    if not config:
+        return Scale(1.0)
+    return _peft_config.scale(config, group.name.removeprefix(prefix + "."), rank)
+
+
+@lru_cache(maxsize=8)
+def _configs(text: str) -> Mapping[str, Mapping[str, Any]]:
+    """The header's configurations by component prefix; "" for one without a prefix."""
+    try:
+        flat = json.loads(text)
+    except ValueError as error:
+        raise MalformedFileError(f"the header's {_HEADER} is not JSON: {error}") from None
+    if not isinstance(flat, dict):
+        raise MalformedFileError(f"the header's {_HEADER} is not a JSON object")
+    configs: dict[str, dict[str, Any]] = {}
+    components = {prefix[:-1] for prefix, _ in _PREFIXES}
+    for key, value in flat.items():
+        head, _, tail = key.partition(".")
+        prefix, field = (head, tail) if tail and head in components else ("", key)
+        configs.setdefault(prefix, {})[field] = value
+    return configs
+
+
+def _prefix(module: Module, adapter: Adapter) -> str:
+    found = _names.component(adapter.arch, module.target.component)
+    if found is not None and "diffusers" in found.prefixes:
+        return found.prefixes["diffusers"][0]
+    return next((prefix for prefix, owner in _PREFIXES if owner == module.target.component), "")
+
+
+def _body(module: Module, adapter: Adapter, layout: Layout) -> str:
+    return _names.body(adapter.arch, module.target, "diffusers", ".", layout)
+
+
+def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef]:
+    body = _body(module, adapter, layout)
+    prefix = "" if layout.variant == "no-prefix" else _prefix(module, adapter)
+    # The attention processors' generation names only four projections; what it lacks is spelt the later way,
+    # which every reader of the former accepts in the same file.
+    suffixes = _SUFFIXES["lora-updown" if layout.variant in ("lora-updown", "attn-procs") else "peft-keys"]
+    if module.factors.keys() - suffixes.keys():
+        suffixes = _SUFFIXES["peft-keys"]
+    unknown = [ref.name or role for role, ref in module.factors.items() if role not in suffixes]
+    if module.kind != "lora" or unknown:
+        raise cannot_hold(layout, f"what {prefix}{body} has", unknown or [module.kind])
+    tensors = [ref.renamed(f"{prefix}{body}.{suffixes[role]}") for role, ref in module.factors.items()]
+    if module.magnitude is not None:
+        tensors.append(module.magnitude.renamed(f"{prefix}{body}.lora_magnitude_vector"))
+    return tensors
+
+
+def _finisher(adapter: Adapter, tensors: list[TensorRef], layout: Layout) -> Document:
+    metadata = {
+        key: value for key, value in adapter.metadata.items() if not key.startswith(("ss_", "sshs_", "modelspec."))
+    }
+    metadata.pop(_HEADER, None)
+    metadata.setdefault("format", "pt")
+    flat: dict[str, Any] = {}
+    for modules in adapter.components().values():
+        prefix = "" if layout.variant == "no-prefix" else _prefix(modules[0], adapter)
+        named = [(_body(module, adapter, layout), module) for module in modules]
+        config = _peft_config.build(named, {}, keep_targets=False)
+        flat.update({prefix + key: value for key, value in config.items()})
+    metadata[_HEADER] = json.dumps(flat, indent=2, sort_keys=True)
+    return Document(tuple(tensors), metadata)
+
+
+FORMAT = Format(
+    name="diffusers",
+    title="diffusers",
+    claims=_claims,
+    variant=_variant,
+    prefixes=_PREFIXES,
+    scaler=_scaler,
+    speller=_speller,
+    finisher=_finisher,
+)

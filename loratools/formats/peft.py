@@ -1,0 +1,101 @@
+"""PEFT's layout: a folder with ``adapter_config.json`` beside ``adapter_model.safetensors`` (or ``.bin``).
+
+Keys are ``base_model.model.<module>.lora_A.weight``; the scale is in the configuration. Real files have the prefix
+doubled or missing, and framework wrappers inside. Source: PEFT ``utils/save_and_load.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from loratools.formats import _names, _peft_config
+from loratools.formats._base import Document, Facts, Format, Group, Scale, cannot_hold
+from loratools.formats._group import clean
+from loratools.model import Adapter, Layout, Module
+from loratools.tensors import TensorRef
+
+_PREFIX = "base_model.model."
+_SUFFIXES = {
+    "up": "lora_B.weight",
+    "down": "lora_A.weight",
+    "up_bias": "lora_B.bias",
+    "lora_E": "lora_E",
+    "ranknum": "ranknum",
+}
+_EMBEDDING = {"up": "lora_embedding_B", "down": "lora_embedding_A"}
+
+
+def _claims(facts: Facts) -> float:
+    if facts.share(("base_model.",)):
+        return 0.9
+    if "peft_type" in facts.config and not facts.metadata.get("lora_adapter_metadata"):
+        return 0.8
+    bare = facts.style == "peft" and facts.arch in ("unknown", "llm", "speech", "vision")
+    return 0.3 if bare else 0.0
+
+
+def _variant(facts: Facts) -> str:
+    if not facts.share(("base_model.",)):
+        return "no-prefix" if facts.groups else ""
+    plain = all(group.name == group.stem.removeprefix(_PREFIX) for group in facts.groups.values())
+    return "" if plain else "wrapped"
+
+
+def _scaler(group: Group, component: str, rank: int, facts: Facts) -> Scale:  # noqa: ARG001
+    if not facts.config:
+        return Scale(1.0, None, "no adapter_config.json lies beside it; a scale of 1 is assumed")
+    return _peft_config.scale(facts.config, group.name, rank)
+
+
+def path_of(module: Module, adapter: Adapter, layout: Layout) -> str:
+    """The module's dotted path in the base model as PEFT sees it."""
+    return _names.body(adapter.arch, module.target, "diffusers", ".", layout)
+
+
+def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef]:
+    path = path_of(module, adapter, layout)
+    names = {**_SUFFIXES, **(_EMBEDDING if module.op == "embedding" else {})}
+    unknown = [ref.name or role for role, ref in module.factors.items() if role not in names]
+    if module.kind not in ("lora", "adalora") or unknown:
+        raise cannot_hold(layout, f"what {path} has", unknown or [module.kind])
+    tensors = [ref.renamed(f"{_PREFIX}{path}.{names[role]}") for role, ref in module.factors.items()]
+    if module.magnitude is not None:
+        tensors.append(module.magnitude.renamed(f"{_PREFIX}{path}.lora_magnitude_vector"))
+    return tensors
+
+
+def _finisher(adapter: Adapter, tensors: list[TensorRef], layout: Layout) -> Document:
+    components = list(adapter.components())
+    if len(components) > 1:
+        keys = [f"{name}: {len(modules)} modules" for name, modules in adapter.components().items()]
+        raise cannot_hold(layout, "more than one component", keys, "Write it as kohya or diffusers instead")
+    named = [(path_of(module, adapter, layout), module) for module in adapter.modules.values()]
+    start, keep = _start(adapter, {path for path, _ in named})
+    config = _peft_config.build(named, start, keep_targets=keep)
+    metadata = {key: value for key, value in adapter.metadata.items() if _belongs(key)}
+    metadata.setdefault("format", "pt")
+    return Document(tuple(tensors), metadata, dict(sorted(config.items())))
+
+
+def _start(adapter: Adapter, paths: set[str]) -> tuple[Mapping[str, Any], bool]:
+    # target_modules of the configuration holds only as long as no module has come or gone.
+    config = adapter.config if "peft_type" in adapter.config else {}
+    before = {clean(key.rsplit(".lora_", 1)[0]) for key in adapter.order if ".lora_" in key}
+    return config, bool(config.get("target_modules")) and before == paths
+
+
+def _belongs(key: str) -> bool:
+    return not key.startswith(("ss_", "sshs_", "modelspec.")) and key != "lora_adapter_metadata"
+
+
+FORMAT = Format(
+    name="peft",
+    title="PEFT",
+    claims=_claims,
+    variant=_variant,
+    scaler=_scaler,
+    speller=_speller,
+    finisher=_finisher,
+    folder=True,
+)

@@ -1,0 +1,110 @@
+"""LoRA (arXiv 2106.09685): ΔW = scale · up · down; on convolutions LoCon, with ``mid`` its Tucker form.
+
+With ``mid`` (rank, rank, kh, kw), as LyCORIS and Kohya's trainers store it, ``down`` is (rank, in, 1, 1) and
+ΔW[o, i, y, x] = scale · Σ up[o, p] · mid[p, q, y, x] · down[q, i].
+On a convolution in 1 to 3 dimensions ``up`` is (out, rank, 1, …) and ``down`` (rank, in, kernel…).
+A full difference beside the factors (``diff``, ``diff_b``) is added to the weight and the bias as it is.
+A magnitude (DoRA, arXiv 2402.09353) is recorded on the module; its ΔW needs the base weight.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loratools.errors import IncompleteModuleError, ShapeError, UnsupportedKindError
+from loratools.kinds._base import Factors, Kind, Shape
+from loratools.model import Module
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _rank(factors: Factors) -> int:
+    return factors["up"].shape[1]
+
+
+def _shape(factors: Factors) -> Shape:
+    up, down = factors["up"], factors["down"]
+    kernel = factors["mid"].shape[2:] if "mid" in factors else down.shape[2:]
+    return (up.shape[0], down.shape[1], *kernel)
+
+
+KIND = Kind(
+    name="lora",
+    title="LoRA",
+    needs=(("up", "down"),),
+    may=("mid", "up_bias", "diff", "diff_b"),
+    rank=_rank,
+    shape=_shape,
+    low_rank=True,
+)
+
+
+def check(name: str, factors: Factors) -> None:
+    """Refuse factors that cannot be multiplied.
+
+    Args:
+        name: The module, for the message.
+        factors: At least up and down.
+
+    Raises:
+        IncompleteModuleError: A factor is missing.
+        ShapeError: Ranks or kernels disagree.
+    """
+    missing = [role for role in ("up", "down") if role not in factors]
+    if missing:
+        raise IncompleteModuleError(
+            f"{name} has no {missing[0]} factor",
+            keys=[ref.name for ref in factors.values()],
+            todo="The file is incomplete; get it again from where it was made",
+        )
+    up, down, mid = factors["up"], factors["down"], factors.get("mid")
+    shapes = f"up is {list(up.shape)}, down is {list(down.shape)}"
+    if not 2 <= len(up.shape) <= 5 or not 2 <= len(down.shape) <= 5:
+        raise ShapeError(
+            f"{name}: {shapes}", expected="Two axes were expected, or three to five for a convolution"
+        )
+    if mid is not None:
+        shapes += f", mid is {list(mid.shape)}"
+    inner = (mid.shape[0], mid.shape[1]) if mid is not None and len(mid.shape) == 4 else None
+    if (mid is not None and inner != (up.shape[1], down.shape[0])) or (
+        mid is None and up.shape[1] != down.shape[0]
+    ):
+        raise ShapeError(f"{name}: {shapes}", expected="up (out, rank) and down (rank, in) must share the rank")
+
+
+def matrices(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two matrices whose product, times the scale, is ΔW with its kernel flattened.
+
+    Returns:
+        up (out, rank) and down (rank, in · kh · kw) in float64; ``mid`` is folded into down.
+
+    Raises:
+        UnsupportedKindError: The module has a magnitude (DoRA) or a full difference beside its factors.
+    """
+    import torch
+
+    if "diff" in module.factors:
+        raise UnsupportedKindError(
+            f"{module.target} has a full difference beside its factors", keys=[module.factors["diff"].name]
+        )
+    if module.magnitude is not None:
+        raise UnsupportedKindError(
+            f"{module.target} is a DoRA: its ΔW depends on the base weight", keys=[module.magnitude.name]
+        )
+    up = module.factors["up"].load().to(torch.float64).flatten(1)
+    down = module.factors["down"].load().to(torch.float64)
+    mid = module.factors.get("mid")
+    if mid is not None:
+        core = mid.load().to(torch.float64)
+        down = torch.einsum("pqyx,qi->piyx", core, down.flatten(1))
+    return up, down.flatten(1)
+
+
+def delta(module: Module) -> torch.Tensor:
+    """ΔW in float32, of the base weight's shape (out, in[, kh, kw])."""
+    import torch
+
+    up, down = matrices(module)
+    product = module.scale * (up @ down)
+    return product.reshape(module.shape or product.shape).to(torch.float32)

@@ -1,0 +1,176 @@
+"""Modules of several adapters brought to the same targets, so that they can be combined.
+
+Only here are fused and split weights regrouped. Splitting a fused module is exact and free: the pieces share
+``down`` and take their rows of ``up``. Contributing a piece to a fused weight is exact too: its ``up`` gets zero rows
+where the other pieces lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import lcm
+
+import torch
+
+from loratools import archs
+from loratools.errors import ArchitectureError, ShapeError
+from loratools.model import Adapter, Module, Rows, Target
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """What one input brings to one target.
+
+    Attributes:
+        source: Position of the input.
+        module: Its module, of the same target or of one that overlaps it.
+        target: Where it contributes.
+    """
+
+    source: int
+    module: Module
+    target: Target
+
+    @property
+    def whole(self) -> bool:
+        """Whether the module is the target's own, so that no rows have to be taken or padded."""
+        return self.module.target == self.target
+
+    def place(self, up: torch.Tensor) -> torch.Tensor:
+        """The module's ``up`` (out, …) with its rows where the target has them, zeros elsewhere."""
+        if self.whole:
+            return up
+        return take_rows(up, self.module.target.rows, self.target.rows, str(self.target))
+
+
+def take_rows(up: torch.Tensor, have: Rows | None, want: Rows | None, name: str) -> torch.Tensor:
+    """Rows of a weight in another order or selection.
+
+    Args:
+        up: (rows of ``have``, …).
+        have: Which rows of the whole weight ``up`` has; None for all.
+        want: Which rows the result has; None for all. Those that ``have`` lacks become zero.
+        name: For the message.
+
+    Raises:
+        ShapeError: The height of ``up`` is not a whole number of shares.
+    """
+    whole = Rows(((0, 1),), 1)
+    have, want = have or whole, want or whole
+    of = lcm(have.of, want.of)
+    held, asked = _units(have, of), _units(want, of)
+    unit, rest = divmod(up.shape[0], len(held))
+    if rest:
+        raise ShapeError(
+            f"{name}: {up.shape[0]} rows cannot be parted into {len(held)} equal shares",
+            expected=f"A multiple of {len(held)} rows was expected",
+        )
+    position = {share: index for index, share in enumerate(held)}
+    parts = up.reshape(len(held), unit, *up.shape[1:])
+    blank = torch.zeros_like(parts[0])
+    return torch.cat([parts[position[share]] if share in position else blank for share in asked])
+
+
+def _units(rows: Rows, of: int) -> list[int]:
+    factor = of // rows.of
+    return [unit for start, stop in rows.spans for unit in range(start * factor, stop * factor)]
+
+
+def align(adapters: Sequence[Adapter], arch: str, dialect: str) -> dict[Target, list[Contribution]]:
+    """Every target of the result, with what each input brings to it, in order of first appearance.
+
+    Args:
+        adapters: The inputs.
+        arch: Their common architecture, or "unknown".
+        dialect: Whose grain the result has: "native" or "diffusers" names of the architecture, or "kohya".
+
+    Raises:
+        ShapeError: Two inputs disagree on a weight's shape.
+    """
+    by_path: dict[tuple[str, str], list[tuple[int, Module]]] = {}
+    for source, adapter in enumerate(adapters):
+        for module in adapter.modules.values():
+            key = (module.target.component, module.target.path)
+            by_path.setdefault(key, []).append((source, module))
+    found: dict[Target, list[Contribution]] = {}
+    for (component, path), members in by_path.items():
+        pieces = _pieces(members, component, path, arch, dialect)
+        for rows in pieces:
+            target = Target(component, path, rows)
+            touching = [(source, module) for source, module in members if _overlap(module.target.rows, rows)]
+            if touching:
+                found[target] = [Contribution(source, module, target) for source, module in touching]
+    _check_shapes(found, adapters)
+    return found
+
+
+def _pieces(
+    members: Sequence[tuple[int, Module]], component: str, path: str, arch: str, dialect: str
+) -> list[Rows | None]:
+    present = list(dict.fromkeys(module.target.rows for _, module in members))
+    table = archs.get(arch)
+    owner = next((row for row in table.components if row.name == component), None)
+    if owner is None:
+        return present
+    wanted = list(table.pieces(component, path, owner.kohya_dialect if dialect == "kohya" else dialect))
+    return wanted or present
+
+
+def _overlap(have: Rows | None, want: Rows | None) -> bool:
+    if have is None or want is None:
+        return True
+    of = lcm(have.of, want.of)
+    return not set(_units(have, of)).isdisjoint(_units(want, of))
+
+
+def _check_shapes(found: Mapping[Target, Sequence[Contribution]], adapters: Sequence[Adapter]) -> None:
+    wrong: list[str] = []
+    for target, contributions in found.items():
+        shapes = {_whole_shape(each.module): adapters[each.source].path for each in contributions}
+        if len(shapes) > 1:
+            said = " against ".join(f"{list(shape)}" for shape in shapes)
+            wrong.append(f"{target}: {said}")
+    if wrong:
+        raise ShapeError(
+            f"the inputs disagree on the shape of {len(wrong)} weights",
+            keys=wrong,
+            expected="All inputs must be made for base models of the same widths",
+        )
+
+
+def _whole_shape(module: Module) -> tuple[int, ...]:
+    """The base weight's shape with all its rows, a 1x1 kernel left out."""
+    shape = module.shape or ()
+    rows = module.target.rows
+    height = int(shape[0] / rows.share) if rows is not None and shape else shape[0] if shape else 0
+    kernel = shape[2:] if any(size > 1 for size in shape[2:]) else ()
+    return (height, *shape[1:2], *kernel)
+
+
+def common_arch(adapters: Sequence[Adapter]) -> str:
+    """The architecture that all inputs share; one that could not be told follows the others.
+
+    Raises:
+        ArchitectureError: Two inputs are of different architectures; the message names them.
+    """
+    known = [adapter for adapter in adapters if adapter.arch != "unknown"]
+    names = list(dict.fromkeys(adapter.arch for adapter in known))
+    if len(names) > 1:
+        table = archs.all_archs()
+        said = [f"{adapter.path or 'an input'} is {table[adapter.arch].title}" for adapter in known]
+        raise ArchitectureError(
+            "adapters of different architectures cannot be merged",
+            keys=said,
+            todo="Merge adapters of one base model; --arch NAME overrides what was detected",
+        )
+    if len(known) < len(adapters) and names:
+        return names[0] if _same_names(adapters) else "unknown"
+    return names[0] if names else "unknown"
+
+
+def _same_names(adapters: Sequence[Adapter]) -> bool:
+    first = {(target.component, target.path) for target in adapters[0].modules}
+    return all(
+        first & {(target.component, target.path) for target in adapter.modules} for adapter in adapters[1:]
+    )

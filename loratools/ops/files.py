@@ -1,0 +1,232 @@
+"""Adapters from paths and back: finding the weights and the configuration that belong together."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from loratools import formats, io
+from loratools.errors import LayoutError, MalformedFileError, MissingFileError, OptionError
+from loratools.formats._read import refuse_other_types
+from loratools.model import Adapter, Layout, Module
+from loratools.tensors import DTYPES, LazySource, TensorRef
+
+CONFIG = "adapter_config.json"
+STORE_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+
+# Where a folder keeps its weights, best first.
+_WEIGHTS = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "adapters.safetensors",
+    "adapters.npz",
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights.bin",
+    "pytorch_adapter.bin",
+)
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".npz", ".gguf")
+
+PathLike = str | os.PathLike[str]
+
+
+def weights_of(folder: Path) -> Path | None:
+    """The file that holds a folder's adapter, or None where the folder is not an adapter's."""
+    return next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+
+
+def read(path: PathLike, *, arch: str | None = None) -> Adapter:
+    """Whatever a path holds, in the common model; its ``type`` says what it is.
+
+    Args:
+        path: A file, or a folder that is an adapter.
+        arch: The architecture, overriding detection.
+
+    Raises:
+        LoraError: It cannot be read.
+    """
+    given = Path(path)
+    file = _file(given)
+    opened = io.open_tensors(file)
+    config = _config(file, opened.tensors)
+    keys = list(opened.tensors)
+    listed = opened.container == "pickle" and keys == [str(number) for number in range(len(keys))]
+    return formats.read(
+        opened.tensors,
+        metadata=opened.metadata,
+        config=config,
+        container=opened.container,
+        objects=opened.objects,
+        sequence=listed and len(keys) > 1,
+        arch=arch,
+        path=str(file),
+    )
+
+
+def load(path: PathLike, *, arch: str | None = None) -> Adapter:
+    """An adapter, lazily: names, shapes and scales now, data on request.
+
+    Raises:
+        NotAnAdapterError: The file is something else; the message says what.
+        LoraError: It cannot be read.
+    """
+    adapter = read(path, arch=arch)
+    refuse_other_types(adapter)
+    return adapter
+
+
+def _file(given: Path) -> Path:
+    if not given.is_dir():
+        return given
+    found = weights_of(given)
+    if found is not None:
+        return found
+    names = sorted(entry.name for entry in given.iterdir() if entry.suffix in SUFFIXES)
+    if len(names) == 1:
+        return given / names[0]
+    raise MissingFileError(
+        "the folder holds no adapter" if not names else f"the folder holds {len(names)} weight files",
+        path=given,
+        keys=names,
+        expected=f"An adapter folder has {_WEIGHTS[0]} beside {CONFIG}",
+        todo="Name the file itself",
+    )
+
+
+def _config(file: Path, tensors: Mapping[str, TensorRef]) -> Mapping[str, Any]:
+    """adapter_config.json, where the file is one that it describes rather than a mere neighbour."""
+    beside = file.parent / CONFIG
+    described = "adapter" in file.name.lower() or any(key.startswith("base_model.") for key in tensors)
+    if not described or not beside.is_file():
+        return {}
+    try:
+        config = json.loads(beside.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise MalformedFileError(
+            f"the configuration cannot be read: {error}", path=beside, expected="A JSON object was expected"
+        ) from error
+    if not isinstance(config, dict):
+        raise MalformedFileError("the configuration is not a JSON object", path=beside)
+    return config
+
+
+def save(
+    adapter: Adapter,
+    path: PathLike,
+    *,
+    layout: str | None = None,
+    dtype: str = "keep",
+    drop: Iterable[str] = (),
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """Write an adapter.
+
+    Args:
+        adapter: From ``load``, ``merge``, …
+        path: A file, or a folder where the layout wants one (PEFT).
+        layout: Default: the one it came in.
+        dtype: "float32", "float16", "bfloat16", "float64", or "keep".
+        drop: What may be left out: "extras", the tensors that belong to no module.
+        overwrite: Whether an existing output may be replaced.
+        progress: Called with the count of bytes written so far.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        LayoutError: The layout cannot hold everything; the message names the keys.
+        WriteError: The output could not be written; nothing was left behind.
+    """
+    prepared = prepare(adapter, layout=layout, dtype=dtype, drop=drop)
+    form = formats.get(prepared.layout.name) if layout is None else formats.get(layout)
+    document = formats.document(prepared, _layout(adapter, form), form)
+    order = "given" if document.ordered else "canonical"
+    target = Path(path)
+    if not form.folder:
+        _refuse_suffix(target)
+        return io.write_safetensors(
+            target,
+            document.tensors,
+            document.metadata,
+            overwrite=overwrite,
+            order="given" if order == "given" else "canonical",
+            progress=progress,
+        )
+    if target.suffix in SUFFIXES:
+        raise OptionError(
+            f"the {form.title} layout is a folder", path=target, todo="Give a folder's name, or another --to"
+        )
+    with io.atomic_folder(target, overwrite) as folder:
+        size = io.write_safetensors(
+            folder / _WEIGHTS[0], document.tensors, document.metadata, order=order, progress=progress
+        )
+        text = json.dumps(document.config or {}, indent=2, ensure_ascii=False)
+        (folder / CONFIG).write_text(text, "utf-8", newline="\n")
+    return size + len(text.encode())
+
+
+def prepare(
+    adapter: Adapter, *, layout: str | None = None, dtype: str = "keep", drop: Iterable[str] = ()
+) -> Adapter:
+    """The adapter as it will be written: cast, and without what may be dropped."""
+    unknown = set(drop) - {"extras"}
+    if unknown:
+        raise OptionError(f"nothing called {sorted(unknown)[0]!r} can be dropped", candidates=["extras"])
+    if "extras" in set(drop) and adapter.extras:
+        kept = tuple(key for key in adapter.order if key not in adapter.extras)
+        adapter = replace(adapter, extras={}, order=kept)
+    if dtype == "keep":
+        return adapter
+    if dtype not in STORE_DTYPES:
+        raise OptionError(f"there is no store dtype {dtype!r}", candidates=[*STORE_DTYPES, "keep"])
+    wanted = STORE_DTYPES[dtype]
+    modules = {target: _cast_module(module, wanted) for target, module in adapter.modules.items()}
+    # Hashes and orders of the old bytes say nothing of the new ones.
+    order = adapter.order if layout is None and adapter.layout.name != "kohya" else ()
+    return replace(adapter, modules=modules, order=order)
+
+
+def _cast_module(module: Module, dtype: str) -> Module:
+    factors = {role: cast(ref, dtype) for role, ref in module.factors.items()}
+    magnitude = cast(module.magnitude, dtype) if module.magnitude is not None else None
+    return replace(module, factors=factors, magnitude=magnitude)
+
+
+def cast(ref: TensorRef, dtype: str) -> TensorRef:
+    """The tensor in another store dtype; a value that becomes infinite is an error when it is loaded."""
+    if ref.dtype == dtype or not DTYPES[ref.dtype].floating:
+        return ref
+
+    def load() -> Any:
+        import torch
+
+        from loratools.errors import NonFiniteError
+
+        before = ref.load()
+        after = before.to(getattr(torch, DTYPES[dtype].torch)).contiguous()
+        if not torch.isfinite(after).all() and torch.isfinite(before).all():
+            raise NonFiniteError(
+                f"values up to {before.abs().max().item():.3g} do not fit {dtype}",
+                keys=[ref.name],
+                todo="Choose --dtype float32 or bfloat16",
+            )
+        return after
+
+    return TensorRef(ref.name, ref.shape, dtype, LazySource(load))
+
+
+def _layout(adapter: Adapter, form: formats.Format) -> Layout:
+    if form.name == adapter.layout.name:
+        return adapter.layout
+    return Layout(form.name, "peft-keys" if form.name == "diffusers" else "")
+
+
+def _refuse_suffix(target: Path) -> None:
+    if target.suffix in (".ckpt", ".pt", ".pth", ".bin", ".npz", ".gguf"):
+        raise LayoutError(
+            f"a {target.suffix} file is not written", path=target, todo="Give a name that ends in .safetensors"
+        )

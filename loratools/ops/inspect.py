@@ -1,0 +1,222 @@
+"""What a file is: layout, architecture, kinds, ranks and norms, without torch where the container allows."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from loratools import archs
+from loratools.errors import LoraError, MissingFileError
+from loratools.model import Adapter, Module
+from loratools.ops import _metadata, files
+from loratools.ops.results import ComponentInfo, Info, ModuleInfo
+
+Progress = Callable[[str, int, int], None]
+
+
+def info(path: files.PathLike, *, norms: bool = True, arch: str | None = None) -> Info:
+    """What one file, or a folder that is an adapter or a model, is.
+
+    Args:
+        path: A file or folder.
+        norms: Whether to compute norms and spectra of ΔW, which reads the factors.
+        arch: The architecture, overriding detection.
+
+    Raises:
+        LoraError: It cannot be read.
+    """
+    given = Path(path)
+    if given.is_dir():
+        model = _model_folder(given)
+        if model is not None:
+            return model
+    adapter = files.read(given, arch=arch)
+    size = os.path.getsize(adapter.path)
+    return describe(adapter, path=str(path), size=size, norms=norms)
+
+
+def walk(folder: files.PathLike, *, norms: bool = True, progress: Progress | None = None) -> Iterator[Info]:
+    """An entry for every file below a folder that could be an adapter or a model; unreadable ones carry an error."""
+    found = list(candidates(Path(folder)))
+    for number, path in enumerate(found):
+        if progress is not None:
+            progress(str(path), number, len(found))
+        try:
+            yield info(path, norms=norms)
+        except LoraError as error:
+            yield Info(path=str(path), bytes=_size(path), error=str(error))
+
+
+def candidates(folder: Path) -> Iterator[Path]:
+    """Files below a folder that could be an adapter or a model, hidden folders left out, in order of names."""
+    for where, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if name.lower().endswith(files.SUFFIXES) and not name.startswith("."):
+                yield Path(where) / name
+
+
+def is_single(folder: Path) -> bool:
+    """Whether a folder is itself an adapter or a model, rather than a place where some lie."""
+    adapter = (folder / files.CONFIG).is_file() and files.weights_of(folder) is not None
+    return adapter or _model_folder(folder) is not None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _model_folder(folder: Path) -> Info | None:
+    """A diffusers model or a sharded checkpoint, by its index."""
+    index = next(iter(sorted(folder.glob("*.index.json"))), None)
+    if (folder / "model_index.json").is_file():
+        return Info(path=str(folder), type="checkpoint", layout="diffusers", bytes=_tree_size(folder))
+    if index is None:
+        return None
+    try:
+        shards = json.loads(index.read_text("utf-8")).get("weight_map", {})
+    except (ValueError, OSError, AttributeError) as error:
+        raise MissingFileError(f"the index cannot be read: {error}", path=index) from error
+    return Info(
+        path=str(folder), type="checkpoint", layout="sharded", bytes=_tree_size(folder), tensors=len(shards)
+    )
+
+
+def _tree_size(folder: Path) -> int:
+    return sum(_size(path) for path in folder.rglob("*") if path.is_file())
+
+
+def describe(adapter: Adapter, *, path: str = "", size: int = 0, norms: bool = True) -> Info:
+    """What an adapter in memory is.
+
+    Args:
+        adapter: From ``load`` or an operation.
+        path: To be shown.
+        size: Bytes, to be shown.
+        norms: Whether to compute norms and spectra of ΔW.
+    """
+    spectra = _spectra(adapter) if norms else {}
+    modules = tuple(_module(module, spectra.get(id(module))) for module in adapter.modules.values())
+    groups: dict[str, list[ModuleInfo]] = {}
+    for module in modules:
+        groups.setdefault(module.component, []).append(module)
+    ranks = Counter(module.rank for module in modules if module.rank is not None)
+    known = archs.all_archs().get(adapter.arch)
+    refs = [ref for module in adapter.modules.values() for _, ref in module.tensors()]
+    refs += adapter.extras.values()
+    return Info(
+        path=path or adapter.path,
+        bytes=size,
+        type=adapter.type,
+        layout=adapter.layout.name,
+        variant=adapter.layout.variant,
+        container=adapter.layout.container,
+        arch=adapter.arch,
+        arch_title=known.title if known is not None else "",
+        kinds=adapter.kinds,
+        components={name: _component(members, spectra, adapter) for name, members in groups.items()},
+        modules=modules,
+        tensors=len(refs),
+        dtypes=dict(Counter(ref.dtype for ref in refs)),
+        unclaimed=tuple(adapter.extras),
+        metadata=dict(adapter.metadata),
+        training=_metadata.training(adapter.metadata, adapter.config),
+        warnings=(*adapter.notes, *_metadata.contradictions(adapter.metadata, ranks)),
+    )
+
+
+def _module(module: Module, sigma: Any) -> ModuleInfo:
+    from_spectrum: dict[str, Any] = {}
+    if sigma is not None:
+        from loratools.maths import norms as maths
+
+        found = maths.summarise(sigma, module.scale)
+        from_spectrum = {
+            "norm": found.frobenius,
+            "spectral_norm": found.spectral,
+            "stable_rank": found.stable_rank,
+            "effective_rank": found.effective_rank,
+            "energy": found.energy,
+        }
+    dtypes = [ref.dtype for ref in module.factors.values()]
+    return ModuleInfo(
+        target=str(module.target),
+        component=module.target.component,
+        kind=module.kind,
+        shape=module.shape,
+        rank=module.rank,
+        alpha=module.alpha,
+        scale=module.scale,
+        dtype=dtypes[0] if dtypes else "",
+        dora=module.magnitude is not None,
+        magnitude_axis=module.magnitude_axis,
+        op=module.op,
+        **from_spectrum,
+    )
+
+
+def _component(members: Sequence[ModuleInfo], spectra: Mapping[int, Any], adapter: Adapter) -> ComponentInfo:
+    ranks = Counter(module.rank for module in members if module.rank is not None)
+    counted = dict(sorted(ranks.items()))
+    measured = [module for module in members if module.norm is not None]
+    if not measured:
+        return ComponentInfo(len(members), counted)
+    return ComponentInfo(
+        modules=len(members),
+        ranks=counted,
+        norm=math.sqrt(sum((module.norm or 0.0) ** 2 for module in measured)),
+        spectral_norm=max(module.spectral_norm or 0.0 for module in measured),
+        stable_rank=median(module.stable_rank or 0.0 for module in measured),
+        effective_rank=median(module.effective_rank or 0.0 for module in measured),
+        energy=_energy(measured),
+    )
+
+
+def _energy(modules: Sequence[ModuleInfo]) -> dict[int, float]:
+    """Energy kept over all modules if each were cut to a rank; a module below that rank keeps all of its own."""
+    total = sum((module.norm or 0.0) ** 2 for module in modules)
+    ranks = sorted({rank for module in modules for rank in (module.energy or {})})
+    if not total:
+        return {}
+    return {
+        rank: sum((module.norm or 0.0) ** 2 * (module.energy or {}).get(rank, 1.0) for module in modules) / total
+        for rank in ranks
+    }
+
+
+def _spectra(adapter: Adapter) -> dict[int, Any]:
+    """Singular values of up · down, without the scale, by the identity of the module."""
+    chosen = [
+        module for module in adapter.modules.values() if module.kind == "lora" and module.magnitude is None
+    ]
+    if not chosen:
+        return {}
+    from loratools.maths import norms as maths
+
+    # One pair at a time, so that no more than a few modules are in memory together.
+    found = maths.spectra(_factors(module) for module in chosen)
+    return {id(module): sigma for module, sigma in zip(chosen, found, strict=True)}
+
+
+def _factors(module: Module) -> tuple[Any, Any]:
+    """up (out, rank) and down (rank, in · kh · kw) as arrays; bfloat16 as the bits that maths.norms reads."""
+    up, down, mid = (module.factors.get(role) for role in ("up", "down", "mid"))
+    assert up is not None
+    assert down is not None
+    flat = up.numpy(widen=False)
+    if mid is not None:
+        import numpy
+
+        core, inner = mid.numpy().astype(numpy.float64), down.numpy().astype(numpy.float64)
+        folded = numpy.einsum("pqyx,qi->piyx", core, inner.reshape(inner.shape[0], -1))
+        return flat.reshape(flat.shape[0], -1), folded.reshape(folded.shape[0], -1)
+    return flat.reshape(flat.shape[0], -1), down.numpy(widen=False).reshape(down.shape[0], -1)

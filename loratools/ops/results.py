@@ -1,0 +1,172 @@
+"""What operations return: plain values that a report shows and ``--json`` writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleInfo:
+    """One module of an adapter.
+
+    Attributes:
+        target: The base weight's dotted path, with the rows where it is part of a fused weight.
+        component: "denoiser", "text_encoder", "language_model", …
+        kind: "lora", "loha", …
+        shape: The base weight's shape (out, in[, kh, kw]), or None where the factors do not tell.
+        rank: A count, or None.
+        alpha: As the file states it, or None.
+        scale: What multiplies the product.
+        norm: Frobenius norm of ΔW, scale included; None where it was not asked for or needs the base weight.
+        spectral_norm: Largest singular value of ΔW.
+        stable_rank: norm² / spectral_norm².
+        effective_rank: exp of the entropy of the energies.
+        energy: Fraction of Σσ² kept at smaller ranks, by rank.
+        dtype: The factors' store dtype.
+        dora: Whether the module has a magnitude.
+        magnitude_axis: "out" or "in" for a DoRA, else None.
+        op: "linear", "conv" or "embedding".
+    """
+
+    target: str
+    component: str
+    kind: str
+    shape: tuple[int, ...] | None
+    rank: int | None
+    alpha: float | None
+    scale: float
+    dtype: str
+    dora: bool = False
+    magnitude_axis: str | None = None
+    op: str = "linear"
+    norm: float | None = None
+    spectral_norm: float | None = None
+    stable_rank: float | None = None
+    effective_rank: float | None = None
+    energy: Mapping[int, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentInfo:
+    """The modules of one component together.
+
+    Attributes:
+        modules: How many there are.
+        ranks: How many modules have each rank, by rank.
+        norm: Frobenius norm over all its modules: sqrt(Σ norm²).
+        spectral_norm: The largest of its modules'.
+        stable_rank: Median of its modules'.
+        effective_rank: Median of its modules'.
+        energy: Fraction of Σσ² over all its modules kept if each is cut to a rank, by rank.
+    """
+
+    modules: int
+    ranks: Mapping[int, int]
+    norm: float | None = None
+    spectral_norm: float | None = None
+    stable_rank: float | None = None
+    effective_rank: float | None = None
+    energy: Mapping[int, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """What a file is.
+
+    Attributes:
+        path: As it was given or found.
+        bytes: Size of the file.
+        type: "adapter", "checkpoint", "textual-inversion", …, or "unknown".
+        layout: The layout's name, or "unknown".
+        variant: Which generation or dialect of the layout.
+        container: "safetensors", "pickle" or "npz".
+        arch: The architecture's name, or "unknown".
+        arch_title: The architecture as people call it.
+        kinds: How many modules there are of each kind.
+        components: By component name.
+        modules: Every module, in the file's order.
+        tensors: How many tensors the file holds.
+        dtypes: How many tensors have each store dtype.
+        unclaimed: Keys that belong to no module.
+        metadata: The header's string metadata.
+        training: What people look for in it: base model, trainer, trigger words, date, steps, hashes.
+        warnings: What a reader should know, in sentences.
+        error: Why the file could not be read, or None.
+    """
+
+    path: str
+    bytes: int = 0
+    type: str = "unknown"
+    layout: str = "unknown"
+    variant: str = ""
+    container: str = ""
+    arch: str = "unknown"
+    arch_title: str = ""
+    kinds: Mapping[str, int] = field(default_factory=dict)
+    components: Mapping[str, ComponentInfo] = field(default_factory=dict)
+    modules: tuple[ModuleInfo, ...] = ()
+    tensors: int = 0
+    dtypes: Mapping[str, int] = field(default_factory=dict)
+    unclaimed: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MergedModule:
+    """One module of a merge's result.
+
+    Attributes:
+        target: The base weight.
+        component: Its component.
+        inputs: Positions of the inputs that contributed.
+        rank: Of the result.
+        energy: Fraction retained of Σσ² of the method's own full-rank result; None where the module was carried.
+    """
+
+    target: str
+    component: str
+    inputs: tuple[int, ...]
+    rank: int
+    energy: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        method: Its name.
+        options: The method's options as used.
+        inputs: One mapping per input: "path", "weight", "layout", "arch", "modules", "sha256".
+        modules: Of the result.
+        energy: Fraction of Σσ² retained over all modules.
+        layout: Of the result.
+        arch: Of the result.
+        dtypes: How many tensors of the result have each store dtype.
+        ranks: How many modules of the result have each rank.
+        carried: Keys of tensors that belong to no module and were taken over.
+        dropped: Keys that were left out because the caller asked for it.
+        notes: What the caller should know.
+        output: Where it was written, or empty.
+        bytes: Size of what was (or would be) written; 0 where unknown.
+    """
+
+    method: str
+    options: Mapping[str, Any]
+    inputs: tuple[Mapping[str, Any], ...]
+    modules: tuple[MergedModule, ...]
+    energy: float
+    layout: str
+    arch: str
+    dtypes: Mapping[str, int]
+    ranks: Mapping[int, int]
+    carried: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    output: str = ""
+    bytes: int = 0

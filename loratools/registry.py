@@ -1,0 +1,38 @@
+"""Collect one constant per module file of a package, and refuse duplicates.
+
+Adding an architecture, a layout, a kind or a merge method is adding one file: no list has to be edited.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+
+@cache
+def scan(package: str, constant: str) -> MappingProxyType[str, Any]:
+    """The ``constant`` of every public module file in ``package``, by its ``name``, in order of file names.
+
+    Args:
+        package: Dotted name of the package, whose files beginning with "_" are helpers.
+        constant: The name each file must define; its value has a ``name``.
+
+    Raises:
+        RuntimeError: A file defines no such constant, or two define the same name.
+    """
+    found: dict[str, Any] = {}
+    path = importlib.import_module(package).__path__
+    for info in sorted(pkgutil.iter_modules(path), key=lambda info: info.name):
+        if info.name.startswith("_"):
+            continue
+        module = importlib.import_module(f"{package}.{info.name}")
+        value = getattr(module, constant, None)
+        if value is None:
+            raise RuntimeError(f"{module.__name__} defines no {constant}")
+        if value.name in found:
+            raise RuntimeError(f"{module.__name__}: {constant} named {value.name!r} exists already")
+        found[value.name] = value
+    return MappingProxyType(found)
