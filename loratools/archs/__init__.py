@@ -1,0 +1,50 @@
+"""Architectures: which weights a model has, how files spell them, and how to tell models apart by names.
+
+Data only: one file per architecture, holding an ``ARCH``; adding one is adding a file. Nothing here sees a
+tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from loratools.archs._arch import Arch, Resolved, Width
+from loratools.archs._detect import Detection, detect
+from loratools.archs._table import Component, Table
+from loratools.errors import ArchitectureError
+from loratools.registry import scan
+
+__all__ = [
+    "Arch",
+    "Component",
+    "Detection",
+    "Resolved",
+    "Table",
+    "Width",
+    "all_archs",
+    "detect",
+    "get",
+]
+
+
+def all_archs() -> Mapping[str, Arch]:
+    """Every architecture by name."""
+    return scan("loratools.archs", "ARCH")
+
+
+def get(name: str) -> Arch:
+    """The architecture of this name.
+
+    Raises:
+        ArchitectureError: Nobody has described it.
+    """
+    known = all_archs()
+    if name not in known:
+        import difflib  # only errors need it, and it costs a millisecond
+
+        raise ArchitectureError(
+            f"there is no architecture named {name!r}",
+            candidates=difflib.get_close_matches(name, known),
+            expected=f"Known are {', '.join(known)}",
+        )
+    return known[name]

@@ -1,0 +1,238 @@
+"""Two-column tables of module names: what they say, and how a name is found in them.
+
+A table's row is ``(native, twin)``: the module path in the base checkpoint's own names, and how diffusers
+spells the same weight. ``{}`` stands for any whole number, so that pruned and deeper variants work. A twin is
+
+- ``None``: diffusers spells it the same;
+- a string: the same weight under another name;
+- a tuple: diffusers splits the weight, whose rows these are, in equal shares (``"q"``) or weighted ones
+  (``("mlp", 4)``), or as given (``("name", Rows(...))``);
+- ``swapped("name")``: the same weight with its halves exchanged.
+
+Names are found by skeleton: dots and underscores are one separator and every whole number is ``0``, so that
+one dictionary serves every dialect, dotted or flattened, in constant time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple, TypeAlias
+
+from loratools.model import EMPTY, Rows
+
+HOLE = "{}"
+NATIVE = "native"
+DIFFUSERS = "diffusers"
+
+Piece: TypeAlias = "str | tuple[str, int] | tuple[str, Rows]"
+Twin: TypeAlias = "str | tuple[Piece, ...] | None"
+Row: TypeAlias = "tuple[str, Twin]"
+
+_HALVES_EXCHANGED = Rows(((1, 2), (0, 1)), of=2)
+
+
+def swapped(name: str) -> tuple[Piece, ...]:
+    """A twin that is the same weight with its halves exchanged (scale and shift, in adaptive norms)."""
+    return ((name, _HALVES_EXCHANGED),)
+
+
+def same(*names: str) -> tuple[Row, ...]:
+    """Rows of weights that both dialects spell alike."""
+    return tuple((name, None) for name in names)
+
+
+def parse(stem: str) -> tuple[str, tuple[str, ...]]:
+    """A name's skeleton and its numbers: ``blocks.3.to_q`` is ``blocks_0_to_q`` and ``("3",)``.
+
+    Zero stands for every number, and thus can stand for nothing else, whatever characters a name has.
+    """
+    parts = stem.replace(".", "_").split("_")
+    numbers = tuple([part for part in parts if part.isdigit()])
+    return "_".join(["0" if part.isdigit() else part for part in parts]), numbers
+
+
+class Name(NamedTuple):
+    """One spelling of one weight, or of some rows of it; ``%s`` where a number stands.
+
+    Attributes:
+        native: The weight's native template.
+        rows: Which of its rows this names, or None for all.
+        dialect: The spelling's dialect; None where native and diffusers agree.
+        text: The spelling, dotted.
+    """
+
+    native: str
+    rows: Rows | None
+    dialect: str | None
+    text: str
+
+
+class _Bucket(NamedTuple):
+    """The names of one skeleton that have their holes in the same places, by their literal numbers."""
+
+    mask: tuple[bool, ...]
+    literals: tuple[int, ...]
+    holes: tuple[int, ...]
+    names: dict[tuple[str, ...], Name]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Table:
+    """The names of a component's weights in every dialect.
+
+    Attributes:
+        rows: The native column and the diffusers column.
+        further: Other dialects' columns, by dialect: complete tables over the same native names.
+    """
+
+    rows: tuple[Row, ...]
+    further: Mapping[str, tuple[Row, ...]] = field(default_factory=lambda: EMPTY)
+
+    def spellings(self, dialect: str) -> Mapping[str, tuple[Name, ...]]:
+        """Every native template, and how a dialect spells it: several names where it splits the weight.
+
+        A dialect that this table does not have is spelt as diffusers does: the libraries that made further
+        dialects changed single components, and left the others as they were.
+        """
+        return self._columns.get(dialect) or self._columns[DIFFUSERS]
+
+    def find(self, skeleton: str, numbers: tuple[str, ...]) -> tuple[Name, tuple[str, ...]] | None:
+        """The name with this skeleton and these numbers, and the numbers that fill its holes."""
+        for bucket in self.index.get(skeleton, ()):
+            name = bucket.names.get(tuple([numbers[place] for place in bucket.literals]))
+            if name is not None:
+                return name, tuple([numbers[place] for place in bucket.holes])
+        return None
+
+    def native(self, path: str) -> tuple[str, tuple[str, ...]] | None:
+        """The native template of a canonical path, and its holes' numbers; None for any other."""
+        found = self.find(*parse(path))
+        if found is None or found[0].native % found[1] != path:
+            return None
+        return found[0].native, found[1]
+
+    def spell(self, path: str, rows: Rows | None, dialect: str) -> str | None:
+        """The dotted name that a dialect has for exactly these rows of a weight, or None."""
+        found = self.native(path)
+        if found is None:
+            return None
+        template, numbers = found
+        for name in self.spellings(dialect)[template]:
+            if name.rows == rows:
+                return name.text % numbers
+        return None
+
+    def pieces(self, path: str, dialect: str) -> tuple[Rows | None, ...]:
+        """The pieces in which a dialect spells a weight; empty if the table has no such weight."""
+        found = self.native(path)
+        return tuple(name.rows for name in self.spellings(dialect)[found[0]]) if found else ()
+
+    def may_know(self, skeleton: str) -> bool:
+        """Whether some name begins as this skeleton does."""
+        return skeleton.partition("_")[0] in self._heads
+
+    @cached_property
+    def _heads(self) -> frozenset[str]:
+        """The first words of all names: they spare building the index for files of other architectures."""
+        texts = [native for native, _ in self.rows]
+        for column in (self.rows, *self.further.values()):
+            for _, twin in column:
+                pieces = twin if isinstance(twin, tuple) else (twin,) if twin else ()
+                texts.extend([piece if isinstance(piece, str) else piece[0] for piece in pieces])
+        return frozenset([text.partition(".")[0].partition("_")[0] for text in texts])
+
+    @cached_property
+    def _columns(self) -> dict[str, dict[str, tuple[Name, ...]]]:
+        as_native: tuple[Row, ...] = tuple((native, None) for native, _ in self.rows)
+        return {
+            dialect: {_template(native): _names(native, twin, dialect) for native, twin in rows}
+            for dialect, rows in ((NATIVE, as_native), (DIFFUSERS, self.rows), *self.further.items())
+        }
+
+    @cached_property
+    def index(self) -> dict[str, list[_Bucket]]:
+        """The names of all dialects by skeleton.
+
+        Raises:
+            ValueError: Two different weights claim one name.
+        """
+        index: dict[str, list[_Bucket]] = {}
+        for column in self._columns.values():
+            for names in column.values():
+                for name in names:
+                    _enter(index, name)
+        for buckets in index.values():
+            # A literal number is more specific than a hole.
+            buckets.sort(key=lambda bucket: len(bucket.holes))
+        return index
+
+
+def _template(text: str) -> str:
+    return text.replace(HOLE, "%s")
+
+
+def _names(native: str, twin: Twin, dialect: str) -> tuple[Name, ...]:
+    """One column's names of a weight, in the order of its rows."""
+    template = _template(native)
+    if twin is None or isinstance(twin, str):
+        return (Name(template, None, dialect, _template(twin or native)),)
+    names = []
+    shares = [piece[1] if isinstance(piece, tuple) else 1 for piece in twin]
+    total = sum(share for share in shares if isinstance(share, int))
+    start = 0
+    for piece, share in zip(twin, shares, strict=True):
+        text = _template(piece if isinstance(piece, str) else piece[0])
+        if isinstance(share, Rows):
+            names.append(Name(template, share, dialect, text))
+        else:
+            names.append(Name(template, Rows(((start, start + share),), of=total), dialect, text))
+            start += share
+    return tuple(names)
+
+
+def _enter(index: dict[str, list[_Bucket]], name: Name) -> None:
+    parts = name.text.replace(".", "_").split("_")
+    numbers = [part for part in parts if part == "%s" or part.isdigit()]
+    skeleton = "_".join(["0" if part == "%s" or part.isdigit() else part for part in parts])
+    mask = tuple([number == "%s" for number in numbers])
+    key = tuple([number for number in numbers if number != "%s"])
+    buckets = index.setdefault(skeleton, [])
+    bucket = next((bucket for bucket in buckets if bucket.mask == mask), None)
+    if bucket is None:
+        holes = tuple([place for place, hole in enumerate(mask) if hole])
+        literals = tuple([place for place, hole in enumerate(mask) if not hole])
+        bucket = _Bucket(mask, literals, holes, {})
+        buckets.append(bucket)
+    known = bucket.names.setdefault(key, name)
+    if known is name:
+        return
+    if (known.native, known.rows) != (name.native, name.rows):
+        raise ValueError(f"{name.text} names both {known.native} and {name.native}")
+    if {known.dialect, name.dialect} == {NATIVE, DIFFUSERS}:
+        bucket.names[key] = known._replace(dialect=None)
+
+
+@dataclass(frozen=True, eq=False)
+class Component:
+    """One network of a model, and how files mark and spell its weights.
+
+    Attributes:
+        name: "denoiser", "text_encoder", "text_encoder_2", "language_model", …
+        prefixes: The prefixes that each layout puts before its names; the first one is written.
+        table: The names of its weights; None where a path is its own name.
+        kohya_dialect: The dialect that kohya files use: "native" or "diffusers".
+    """
+
+    name: str
+    prefixes: Mapping[str, tuple[str, ...]]
+    table: Table | None = None
+    kohya_dialect: str = NATIVE
+
+    def prefix(self, layout: str) -> str | None:
+        """The prefix that a layout writes; None if it has no name for this component.
+
+        Where paths are their own names, they are so in every layout: empty if nothing else is said.
+        """
+        return next(iter(self.prefixes.get(layout, ())), None if self.table else "")

@@ -1,0 +1,183 @@
+"""Outputs that are whole or not there: written beside their place, then renamed into it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from loratools.errors import LoraError, OutputExistsError, WriteError
+
+_SHOWN_NAME = 40  # characters of the name that a temporary name repeats: 255 bytes have to do for all of it
+
+
+@contextmanager
+def atomic_output(path: str | os.PathLike[str], overwrite: bool, needed: int | None = None) -> Iterator[Path]:
+    """A temporary file in the folder of ``path``, empty, to be filled; it takes the name ``path`` at the end.
+
+    On any failure, an interrupt included, the temporary file is removed and an old ``path`` is untouched. A
+    killed process leaves the old file too, and a hidden temporary file. A symbolic link is written through.
+    The output may be a file that is being read: on POSIX a map keeps the old content; Windows refuses while
+    the file is open.
+
+    Args:
+        path: The output.
+        overwrite: Whether an existing file may be replaced.
+        needed: The output's size in bytes where it is known, for the message when the disk is full.
+
+    Raises:
+        OutputExistsError: The output is there, and ``overwrite`` is false.
+        WriteError: The output is a folder or a device, its folder is missing, or the system refuses.
+    """
+    target = Path(os.path.realpath(path))
+    _check_target(target, overwrite)
+    temporary = _temporary(target)
+    try:
+        with _write_errors(target, needed):
+            # Made here rather than by tempfile, whose files no one else may read whatever the umask says.
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            yield temporary
+            _sync(temporary)
+            _check_target(target, overwrite)
+            os.replace(temporary, target)
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+    _sync_folder(target.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside ``path``, to be filled; it takes the name ``path`` at the end.
+
+    Where ``path`` is a folder with files in it and ``overwrite`` is true, the new files replace those of the
+    same name one by one, configurations last, so that no configuration describes weights that are not there
+    yet; other files stay.
+
+    Raises:
+        OutputExistsError: The folder holds files, and ``overwrite`` is false.
+        WriteError: The output is a file, its parent is missing, or the system refuses.
+    """
+    target = Path(os.path.realpath(path))
+    _check_folder(target, overwrite)
+    temporary = _temporary(target)
+    try:
+        with _write_errors(target, None):
+            temporary.mkdir()
+            yield temporary
+            files = sorted(file for file in temporary.rglob("*") if file.is_file())
+            for file in files:
+                _sync(file)
+            _check_folder(target, overwrite)
+            with suppress(OSError):  # only an empty folder can be removed, and need not be kept
+                target.rmdir()
+            if target.exists():
+                _replace_files(files, temporary, target)
+            else:
+                os.replace(temporary, target)
+    finally:
+        import shutil
+
+        shutil.rmtree(temporary, ignore_errors=True)
+    _sync_folder(target.parent)
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name[:_SHOWN_NAME]}.{os.urandom(6).hex()}.part")
+
+
+def _replace_files(files: list[Path], source: Path, target: Path) -> None:
+    for file in sorted(files, key=lambda file: (file.suffix == ".json", file)):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, place)
+    _sync_folder(target)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    mode = _mode(target)
+    if mode is None:
+        _check_parent(target)
+    elif stat.S_ISDIR(mode):
+        raise WriteError("the output is a folder", path=target, expected="A file's name was expected")
+    elif not stat.S_ISREG(mode):
+        raise WriteError(
+            "the output is a device or a pipe", path=target, expected="A file's name was expected"
+        )
+    elif not overwrite:
+        raise OutputExistsError(
+            "the output exists already",
+            path=target,
+            todo="Pass --overwrite to replace it, or choose another name",
+        )
+
+
+def _check_folder(target: Path, overwrite: bool) -> None:
+    mode = _mode(target)
+    if mode is None:
+        _check_parent(target)
+    elif not stat.S_ISDIR(mode):
+        raise WriteError("the output is a file", path=target, expected="A folder's name was expected")
+    elif not overwrite and any(target.iterdir()):
+        raise OutputExistsError(
+            "the output folder exists already and holds files",
+            path=target,
+            todo="Pass --overwrite to replace its files, or choose another name",
+        )
+
+
+def _mode(target: Path) -> int | None:
+    """The file's mode, or None where there is no such file (or none that can be seen)."""
+    try:
+        return target.stat().st_mode
+    except OSError:
+        return None
+
+
+def _check_parent(target: Path) -> None:
+    if not target.parent.is_dir():
+        raise WriteError(
+            f"the folder {target.parent} does not exist",
+            path=target,
+            todo="Create it, or choose another name",
+        )
+
+
+@contextmanager
+def _write_errors(target: Path, needed: int | None) -> Iterator[None]:
+    """Turn what the system raises into an error that says how much room there was."""
+    try:
+        yield
+    except LoraError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        import shutil
+
+        with suppress(OSError):
+            room = f"{shutil.disk_usage(target.parent).free:,} bytes are free in {target.parent}"
+            reason += f" ({needed:,} bytes needed, {room})" if needed is not None else f" ({room})"
+        raise WriteError(
+            f"cannot be written: {reason}",
+            path=target,
+            expected="Nothing was left behind, and an old file is untouched",
+            todo="Make room, check the permissions, close the file elsewhere, or choose another folder",
+        ) from error
+
+
+def _sync(file: Path) -> None:
+    """Have the content on the disk before its name, lest a power cut leave the name of an empty file."""
+    with open(file, "r+b") as opened:
+        os.fsync(opened.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have a rename on the disk; where folders cannot be opened (Windows) it follows later."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,146 @@
+"""A file of tensors, and the map behind it: data is mapped into memory, not read."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from loratools.errors import LoraError, MalformedFileError
+from loratools.tensors import DTYPES, BytesSource, TensorRef
+
+if TYPE_CHECKING:
+    import torch
+
+
+class FileMap:
+    """A file mapped into memory, whose bytes are copied only where they are written to.
+
+    The map is private (copy-on-write): torch and numpy get memory they may write to, so that torch.frombuffer
+    does not warn, while whatever is written stays in this process and never reaches the file. A system that
+    refuses a private map larger than its memory gets a read-only one, with torch's single warning.
+
+    A file that another program shortens while it is mapped cannot be guarded against: the system ends the
+    process that touches the missing pages.
+    """
+
+    __slots__ = ("_map", "path")
+
+    def __init__(self, path: str) -> None:
+        """Map a file that is not empty.
+
+        Raises:
+            OSError: It cannot be opened or mapped.
+        """
+        self.path = path
+        self._map: mmap.mmap | None
+        with open(path, "rb") as file:
+            try:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            except OSError:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def view(self, start: int, stop: int) -> memoryview:
+        """The bytes from ``start`` to ``stop``, without a copy; they keep the map alive.
+
+        Raises:
+            LoraError: The file was closed.
+        """
+        if self._map is None:
+            raise LoraError("the file was closed", path=self.path, todo="Load tensors before closing it")
+        return memoryview(self._map)[start:stop]
+
+    def close(self) -> None:
+        """Release the map, at once where no view is out, else together with the last view.
+
+        Views include the tensors and arrays made from them: those stay valid. Windows cannot replace the file
+        before the last one is gone.
+        """
+        mapped, self._map = self._map, None
+        if mapped is not None:
+            with suppress(BufferError):  # where views are out, they alone keep the map alive now
+                mapped.close()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MappedSource:
+    """Data that lies in a mapped file, from ``start`` to ``stop`` (bytes).
+
+    It takes its view of the map only when asked, so that a file of which nothing is in use can be closed.
+    """
+
+    file: FileMap
+    start: int
+    stop: int
+
+    def raw(self) -> memoryview:
+        """The bytes in the map."""
+        return self.file.view(self.start, self.stop)
+
+    def torch(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        """A tensor over the map; a copy where the data lies unaligned, which torch does not expect."""
+        data = self.raw()
+        if self.start % max(1, DTYPES[dtype].bits // 8):
+            data = memoryview(bytearray(data))
+        return BytesSource(data).torch(shape, dtype)
+
+
+def _nothing() -> None:
+    """What closing does to a file that holds nothing open."""
+
+
+@dataclass(slots=True, eq=False)
+class TensorFile:
+    """An open file: its tensors by key in the file's order, and what else it holds.
+
+    Attributes:
+        path: Where it was read from.
+        container: "safetensors", "pickle" or "npz".
+        tensors: The tensors by key; their data is read on ``load()``.
+        metadata: The string metadata of a safetensors file.
+        size: The file's size in bytes.
+        objects: What a pickle holds besides tensors, by key: step counts, configurations, names.
+        wrapper: The key of the dict that held a pickle's tensors ("state_dict", …), or empty.
+    """
+
+    path: str
+    container: str
+    tensors: dict[str, TensorRef]
+    metadata: dict[str, str]
+    size: int
+    objects: dict[str, Any] = field(default_factory=dict)
+    wrapper: str = ""
+    on_close: Callable[[], None] = field(default=_nothing, repr=False)
+
+    def close(self) -> None:
+        """Let go of the file. Tensors that were loaded stay valid; the others can no longer be loaded.
+
+        A pickle's tensors share storages that were mapped when it was opened, and keep them.
+        """
+        self.on_close()
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def damaged(path: str | os.PathLike[str], error: Exception, what: str) -> MalformedFileError:
+    """The error for a container that its library could not read."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return MalformedFileError(
+        f"{what} is damaged: {reason}",
+        path=path,
+        expected="The file is truncated (a download that broke off) or was changed after it was saved",
+        todo="Download the file again",
+    )
