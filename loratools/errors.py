@@ -50,6 +50,10 @@ class MalformedFileError(LoraError, ValueError):
     """A file that is not what its content claims: truncated, overlapping offsets, not a known container."""
 
 
+class ReadError(LoraError, OSError):
+    """A file that cannot be read: no permission, a device's fault, closed already."""
+
+
 class UnsafePickleError(LoraError, ValueError):
     """A pickle that would have to run code to be read. ``keys`` holds what it wanted to import."""
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loratools.tensors import TensorRef
 
@@ -19,8 +18,7 @@ if TYPE_CHECKING:
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(NamedTuple):
     """Some rows of a base weight, in shares, so that the same value fits any width.
 
     ``Rows(((0, 1),), of=3)`` is the q third of a fused qkv. Several spans are taken in the order given:
@@ -35,16 +33,15 @@ class Rows:
     of: int
 
     @property
-    def share(self) -> Fraction:
-        """The part of the whole weight's rows that these are."""
-        return Fraction(sum(stop - start for start, stop in self.spans), self.of)
+    def shares(self) -> int:
+        """How many of the whole weight's shares these are."""
+        return sum(stop - start for start, stop in self.spans)
 
     def __str__(self) -> str:
         return "+".join(f"{start}:{stop}" for start, stop in self.spans) + f"/{self.of}"
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """The base weight that a module changes.
 
     Attributes:
@@ -66,8 +63,7 @@ class Target:
         return f"{self.path}[{self.rows}]" if self.rows else self.path
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """How a file spells its keys.
 
     Attributes:
@@ -84,7 +80,7 @@ class Layout:
         return f"{self.name} ({self.variant})" if self.variant else self.name
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Module:
     """One adapted weight: the factors of a kind, and the scale they are applied with.
 
@@ -136,7 +132,7 @@ class Module:
         return delta(self)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
     """A whole adapter file in the common model.
 
@@ -157,7 +153,7 @@ class Adapter:
     extras: Mapping[str, TensorRef] = field(default_factory=lambda: EMPTY)
     metadata: Mapping[str, str] = field(default_factory=lambda: EMPTY)
     arch: str = "unknown"
-    layout: Layout = field(default_factory=lambda: Layout("unknown"))
+    layout: Layout = Layout("unknown")  # noqa: RUF009 - a named tuple cannot be changed
     config: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
     path: str = ""
     notes: tuple[str, ...] = ()

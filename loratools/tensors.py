@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from loratools.errors import MalformedFileError
 
@@ -19,8 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True, slots=True)
-class DType:
+class DType(NamedTuple):
     """One row of the dtype table.
 
     Attributes:
@@ -100,11 +98,13 @@ class Source(Protocol):
         """The tensor on the CPU, sharing memory with the source where possible."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class BytesSource:
     """Data that lies in a buffer: a mapped file, or bytes in memory."""
 
-    buffer: memoryview
+    __slots__ = ("buffer",)
+
+    def __init__(self, buffer: memoryview) -> None:
+        self.buffer = buffer
 
     def raw(self) -> memoryview:
         """The buffer itself."""
@@ -120,11 +120,13 @@ class BytesSource:
         return torch.frombuffer(self.buffer, dtype=kind).reshape(shape)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class LazySource:
     """Data computed on request; the callable returns a CPU tensor."""
 
-    load: Callable[[], torch.Tensor]
+    __slots__ = ("load",)
+
+    def __init__(self, load: Callable[[], torch.Tensor]) -> None:
+        self.load = load
 
     def raw(self) -> memoryview:
         """The bytes of the computed tensor."""
@@ -135,8 +137,7 @@ class LazySource:
         return self.load()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TensorRef:
+class TensorRef(NamedTuple):
     """A named tensor: its shape and dtype now, its data on ``load()``.
 
     Attributes:
@@ -221,11 +222,11 @@ class TensorRef:
 
     def renamed(self, name: str) -> TensorRef:
         """The same tensor under another key."""
-        return replace(self, name=name)
+        return self._replace(name=name)
 
     def flipped(self) -> TensorRef:
         """The transpose of a two-dimensional tensor, without touching data."""
-        return replace(self, shape=self.shape[::-1], transposed=not self.transposed)
+        return self._replace(shape=self.shape[::-1], transposed=not self.transposed)
 
 
 def from_torch(name: str, tensor: torch.Tensor) -> TensorRef:
@@ -263,7 +264,7 @@ def torch_bytes(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().contiguous().reshape(-1)
     if not flat.numel():
         return memoryview(b"")
-    return memoryview(flat.view(torch.uint8).numpy()).cast("B")
+    return flat.view(torch.uint8).numpy().data
 
 
 def _torch_name(dtype: str) -> str:

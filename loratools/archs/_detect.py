@@ -1,8 +1,9 @@
 """Which architecture a file's names are of.
 
-The table that explains most names wins, if it explains at least half. Architectures that explain as many are
-told apart by widths, then by metadata, which can be wrong: it decides only what names and widths leave open.
-Where no table does, markers in the paths choose an architecture whose paths are their own names.
+The table that explains most names wins, if it explains at least three quarters of them: relatives share half.
+Architectures that explain as many are told apart by widths, then by metadata, which can be wrong: it decides only
+what names and widths leave open. Where no table does, markers in the paths choose an architecture whose paths are
+their own names.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def _archs() -> Mapping[str, Arch]:
 
 
 def _explain(stems: Sequence[_Stem]) -> dict[str, dict[str, Resolved]]:
-    """The architectures that explain most stems, and at least half, with what each stem means."""
+    """The architectures that explain most stems, and at least three quarters, with what each stem means."""
     skeletons = Counter(stem.skeleton for stem in stems)
 
     def hope(known: Callable[[str], bool]) -> int:
@@ -81,7 +82,7 @@ def _explain(stems: Sequence[_Stem]) -> dict[str, dict[str, Resolved]]:
 
     # The most promising one first: what it explains spares building the others' indices.
     hopes = {name: hope(arch.may_know) for name, arch in _archs().items() if arch.has_table}
-    most = max(1, (len(stems) + 1) // 2)
+    most = max(1, -(-3 * len(stems) // 4))
     best: dict[str, dict[str, Resolved]] = {}
     for name in sorted(hopes, key=lambda name: -hopes[name]):
         if hopes[name] < most:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from loratools.errors import LayoutError
 from loratools.model import EMPTY, Adapter, Layout, Module, Target
 from loratools.tensors import TensorRef
 
 
-@dataclass(slots=True)
 class Group:
     """The tensors of one module, before its name is understood.
 
@@ -23,13 +22,16 @@ class Group:
         roles: Tensors by role.
     """
 
-    stem: str
-    name: str
-    style: str
-    roles: dict[str, TensorRef] = field(default_factory=dict)
+    __slots__ = ("name", "roles", "stem", "style")
+
+    def __init__(self, stem: str, name: str, style: str) -> None:
+        self.stem = stem
+        self.name = name
+        self.style = style
+        self.roles: dict[str, TensorRef] = {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Facts:
     """What a file shows before its layout is known.
 
@@ -73,8 +75,7 @@ class Facts:
         return sum(stem.startswith(prefixes) for stem in self.groups) / len(self.groups)
 
 
-@dataclass(frozen=True, slots=True)
-class Scale:
+class Scale(NamedTuple):
     """How a module's product is scaled, and which alpha states it.
 
     Attributes:
@@ -88,8 +89,7 @@ class Scale:
     note: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(NamedTuple):
     """What is to be written: tensors with their keys, metadata, and files beside.
 
     Attributes:
@@ -135,7 +135,7 @@ def unscaled(group: Group, component: str, rank: int, facts: Facts) -> Scale:  #
     return Scale(1.0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Format:
     """One layout.
 

@@ -65,7 +65,7 @@ def _stem(part: Part) -> str:
 
 def clean(stem: str, style: str = "") -> str:
     """A stem without the wrappers that frameworks put around or inside a model's names."""
-    name = _WRAPPERS.sub("", stem)
+    name = _WRAPPERS.sub("", stem) if "_fsdp_wrapped_module" in stem or "_orig_mod" in stem else stem
     while name.startswith(_PEFT):
         name = name[len(_PEFT) :]
     if style == "attn-procs":

@@ -5,7 +5,6 @@ Source: kohya-ss/sd-scripts ``library/train_util.py`` (``precalculate_safetensor
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -65,7 +64,9 @@ def hashes(tensors: Sequence[TensorRef], metadata: dict[str, str]) -> tuple[str,
     The first is the SHA-256 of the payload. The second is eight digits of the SHA-256 of 64 KiB from offset 1 MiB
     of a file whose header holds the ``ss_`` metadata alone; of nothing where the file is shorter.
     """
-    ordered = header.canonical_order(tensors)
+    import hashlib
+
+    ordered = sorted(tensors, key=lambda ref: header.canonical_key(ref.name, ref.dtype))
     trained = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     head = header.build([(ref.name, ref.dtype, ref.shape) for ref in ordered], trained)
     whole, legacy = hashlib.sha256(), hashlib.sha256()

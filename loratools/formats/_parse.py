@@ -7,12 +7,10 @@ style ``kohya``. Roles are meanings shared by all layouts; a style is the spelli
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from functools import cache
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Suffix:
+class Suffix(NamedTuple):
     """One spelling of one role.
 
     Attributes:
@@ -24,8 +22,7 @@ class Suffix:
     style: str
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """A key taken apart.
 
     Attributes:
@@ -152,21 +149,31 @@ _NAMED = re.compile(
 )
 
 
-@cache
-def _tail_lengths() -> tuple[int, ...]:
-    return tuple(sorted({tail.count(".") + 1 for tail in _SUFFIXES}, reverse=True))
+# The same, by what stands before ".weight", so that the usual key needs two look-ups.
+_WEIGHTS: dict[str, Suffix] = {
+    tail.removesuffix(".weight"): suffix for tail, suffix in _SUFFIXES.items() if tail.endswith(".weight")
+}
 
 
 def split(key: str) -> Part | None:
     """A key's stem and role, or None where no suffix of any layout is recognised."""
-    pieces = key.rsplit(".", max(_tail_lengths()))
-    for count in _tail_lengths():
-        if len(pieces) <= count:
-            continue
-        suffix = _SUFFIXES.get(".".join(pieces[-count:]))
+    head, _, last = key.rpartition(".")
+    if not head:
+        return _split_glued(key)
+    if last != "weight":
+        stem, _, before = head.rpartition(".")
+        suffix = _SUFFIXES.get(f"{before}.{last}") if stem else None
         if suffix is not None:
-            return Part(".".join(pieces[:-count]), suffix)
-    return _split_glued(key) or _split_named(key)
+            return Part(stem, suffix)
+        suffix = _SUFFIXES.get(last)
+        return Part(head, suffix) if suffix is not None else _split_glued(key) or _split_named(key)
+    stem, _, before = head.rpartition(".")
+    suffix = _WEIGHTS.get(before) if stem else None
+    if suffix is not None:
+        return Part(stem, suffix)
+    first, _, middle = stem.rpartition(".")
+    suffix = _WEIGHTS.get(f"{middle}.{before}") if first else None
+    return Part(first, suffix) if suffix is not None else _split_glued(key) or _split_named(key)
 
 
 def _split_glued(key: str) -> Part | None:

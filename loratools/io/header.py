@@ -7,6 +7,7 @@ Format: https://huggingface.co/docs/safetensors (section "Format").
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -158,7 +159,9 @@ def _decode(raw: bytes, path: str) -> str:
 
 def _load(text: str, path: str) -> dict[str, Any]:
     try:
-        table: dict[str, Any] = json.loads(text, object_pairs_hook=_unique)
+        table = _load_plain(text)
+        if table is None:
+            table = json.loads(text, object_pairs_hook=_unique)
     except _DuplicateKeyError as error:
         raise MalformedFileError(
             "the header has the same key more than once",
@@ -178,12 +181,37 @@ def _load(text: str, path: str) -> dict[str, Any]:
     return table
 
 
+def _load_plain(text: str) -> dict[str, Any] | None:
+    """The header's JSON by the fast parser, or None where a key might occur twice.
+
+    A duplicate leaves fewer entries than fields in the text. Escapes could hide one, so that their presence,
+    or anything unusual, is left to the careful parser.
+    """
+    marks = [text.count(f'"{name}"') for name in ("dtype", "shape", "data_offsets")]
+    described = text.count(f'"{_METADATA}"')
+    if "\\u" in text or described > 1:
+        return None
+    table = json.loads(text)
+    if not isinstance(table, dict) or marks != [len(table) - described] * 3:
+        return None
+    found = _METADATA_VALUE.search(text)
+    if described and found is None:
+        return None
+    if found is not None:
+        _CAREFUL.raw_decode(text, found.end())
+    return table
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
         names = [name for name, _ in pairs]
         raise _DuplicateKeyError(sorted({name for name in names if names.count(name) > 1}))
     return table
+
+
+_METADATA_VALUE = re.compile(rf'"{_METADATA}"\s*:\s*')
+_CAREFUL = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _metadata(value: object, path: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from loratools.errors import LoraError, MalformedFileError
+from loratools.errors import MalformedFileError, ReadError
 from loratools.tensors import DTYPES, BytesSource, TensorRef
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class FileMap:
             LoraError: The file was closed.
         """
         if self._map is None:
-            raise LoraError("the file was closed", path=self.path, todo="Load tensors before closing it")
+            raise ReadError("the file was closed", path=self.path, todo="Load tensors before closing it")
         return memoryview(self._map)[start:stop]
 
     def close(self) -> None:
@@ -66,16 +66,18 @@ class FileMap:
                 mapped.close()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class MappedSource:
     """Data that lies in a mapped file, from ``start`` to ``stop`` (bytes).
 
     It takes its view of the map only when asked, so that a file of which nothing is in use can be closed.
     """
 
-    file: FileMap
-    start: int
-    stop: int
+    __slots__ = ("file", "start", "stop")
+
+    def __init__(self, file: FileMap, start: int, stop: int) -> None:
+        self.file = file
+        self.start = start
+        self.stop = stop
 
     def raw(self) -> memoryview:
         """The bytes in the map."""

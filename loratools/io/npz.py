@@ -12,7 +12,7 @@ import zipfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loratools.errors import LoraError, MalformedFileError
+from loratools.errors import MalformedFileError, ReadError
 from loratools.io.archive import open_archive, read_member
 from loratools.io.mapped import TensorFile
 from loratools.tensors import DTYPES, BytesSource, TensorRef
@@ -56,7 +56,7 @@ class _MemberSource:
     def raw(self) -> memoryview:
         """The bytes in row order; read from the file each time, and checked against the checksum."""
         if self.archive.fp is None:
-            raise LoraError("the file was closed", path=self.path, todo="Load tensors before closing it")
+            raise ReadError("the file was closed", path=self.path, todo="Load tensors before closing it")
         # Copied to memory of its own: aligned, and writable, without which torch warns.
         data = memoryview(
             bytearray(memoryview(read_member(self.archive, self.member, self.path))[self.start :])

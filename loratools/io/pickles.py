@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import pickle
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from loratools.errors import LoraError, MalformedFileError, UnsafePickleError
+from loratools.errors import MalformedFileError, UnsafePickleError
 from loratools.io.archive import check_sums, open_archive
 from loratools.io.flatten import flatten
 from loratools.io.mapped import TensorFile, damaged
@@ -148,12 +147,7 @@ def _load(path: str, *, mapped: bool) -> Any:
     import torch
 
     try:
-        with warnings.catch_warnings():
-            # torch warns of its own storage class when it reads files from before torch 1.6.
-            warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except LoraError:
-        raise
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         # torch puts advice on unsafe loading around its reason.
         reason = re.search(r"WeightsUnpickler error: (.*)", str(error))

@@ -6,7 +6,7 @@ import os
 import stat
 from typing import NamedTuple, NoReturn
 
-from loratools.errors import LoraError, MalformedFileError, MissingFileError
+from loratools.errors import LoraError, MalformedFileError, MissingFileError, ReadError
 from loratools.io import header
 from loratools.io.mapped import FileMap, MappedSource, TensorFile
 from loratools.tensors import TensorRef
@@ -133,11 +133,12 @@ def _identify(path: str) -> tuple[str, int]:
 def _container(head: bytes, size: int, path: str) -> str:
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return _zip_container(path)
-    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return "pickle"
-    # JSON text could have its ninth byte right, but its first eight are no length.
+    # JSON text could have its ninth byte right, but its first eight are no length. A header's length may begin
+    # like a pickle (640 is 80 02), so this comes before.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < _PLAUSIBLE:
         return "safetensors"
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return "pickle"
     for stranger in _STRANGERS:
         if head.startswith(stranger.magic, stranger.at):
             _refuse(stranger.what, stranger.todo, path)
@@ -212,6 +213,6 @@ def _missing(path: str) -> NoReturn:
 
 def _cannot_read(path: str, error: Exception) -> NoReturn:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    raise LoraError(
+    raise ReadError(
         f"cannot be read: {reason}", path=path, todo="Check the path and its permissions"
     ) from error

@@ -11,7 +11,7 @@ Factors = Mapping[str, TensorRef]
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Kind:
     """One adapter kind.
 

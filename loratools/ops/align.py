@@ -143,7 +143,9 @@ def _whole_shape(module: Module) -> tuple[int, ...]:
     """The base weight's shape with all its rows, a 1x1 kernel left out."""
     shape = module.shape or ()
     rows = module.target.rows
-    height = int(shape[0] / rows.share) if rows is not None and shape else shape[0] if shape else 0
+    height = shape[0] if shape else 0
+    if rows is not None:
+        height = height * rows.of // rows.shares
     kernel = shape[2:] if any(size > 1 for size in shape[2:]) else ()
     return (height, *shape[1:2], *kernel)
 

@@ -6,9 +6,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from loratools import archs
@@ -175,10 +174,16 @@ def _component(members: Sequence[ModuleInfo], spectra: Mapping[int, Any], adapte
         ranks=counted,
         norm=math.sqrt(sum((module.norm or 0.0) ** 2 for module in measured)),
         spectral_norm=max(module.spectral_norm or 0.0 for module in measured),
-        stable_rank=median(module.stable_rank or 0.0 for module in measured),
-        effective_rank=median(module.effective_rank or 0.0 for module in measured),
+        stable_rank=_median(module.stable_rank or 0.0 for module in measured),
+        effective_rank=_median(module.effective_rank or 0.0 for module in measured),
         energy=_energy(measured),
     )
+
+
+def _median(values: Iterable[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
 def _energy(modules: Sequence[ModuleInfo]) -> dict[int, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -185,18 +186,42 @@ def _request(
         raise OptionError("a weight is not a finite number", keys=bad)
     if dtype != "keep" and dtype not in files.STORE_DTYPES:
         raise OptionError(f"there is no store dtype {dtype!r}", candidates=[*files.STORE_DTYPES, "keep"])
-    chosen = methods.get(method)
+    chosen = _method(method)
     return Request(
         adapters=tuple(adapters),
         weights=given,
         method=chosen,
-        options=methods.options(chosen, rank=rank, **options),
+        options=_options(chosen, rank, options),
         layout=_layout(adapters[0], layout),
         arch=align.common_arch(adapters),
         dtype=None if dtype == "keep" else files.STORE_DTYPES[dtype],
         device=_device(device),
         allow_nonfinite=allow_nonfinite,
     )
+
+
+def _method(name: str) -> methods.Method:
+    known = methods.methods()
+    if name not in known:
+        raise OptionError(
+            f"there is no merge method {name!r}",
+            candidates=difflib.get_close_matches(name, known),
+            expected=f"Known are {', '.join(known)}",
+        )
+    return known[name]
+
+
+def _options(method: methods.Method, rank: int | None, given: Mapping[str, Any]) -> methods.Options:
+    fields = {option.field: option.name for option in method.options}
+    foreign = [name for name in given if name not in fields]
+    if foreign:
+        raise OptionError(
+            f"{method.name} has no option {foreign[0]!r}",
+            expected=f"Its options are {', '.join(fields.values())}",
+        )
+    options = methods.Options(rank=rank, **given)
+    method.check(options)
+    return options
 
 
 def _layout(first: Adapter, name: str | None) -> Layout:

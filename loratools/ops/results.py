@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class ModuleInfo:
+class ModuleInfo(NamedTuple):
     """One module of an adapter.
 
     Attributes:
@@ -48,8 +47,7 @@ class ModuleInfo:
     energy: Mapping[int, float] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ComponentInfo:
+class ComponentInfo(NamedTuple):
     """The modules of one component together.
 
     Attributes:
@@ -71,7 +69,7 @@ class ComponentInfo:
     energy: Mapping[int, float] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Info:
     """What a file is.
 
@@ -116,8 +114,7 @@ class Info:
     error: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class MergedModule:
+class MergedModule(NamedTuple):
     """One module of a merge's result.
 
     Attributes:
@@ -135,7 +132,7 @@ class MergedModule:
     energy: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class MergeReport:
     """What a merge did.
 

@@ -243,3 +243,10 @@ def test_detection_does_not_depend_on_the_order_of_names():
     one, other = detect(dict.fromkeys(stems), {}), detect(dict.fromkeys(reversed(stems)), {})
     assert (one.arch, one.coverage) == (other.arch, other.coverage)
     assert dict(one.resolved) == dict(other.resolved)
+
+
+def test_relatives_that_share_names_are_not_mistaken() -> None:
+    """Hunyuan Video's double blocks share 160 of 240 names with Flux; two thirds are not enough."""
+    stems = [f"lora_unet_double_blocks_{n}_img_attn_{part}" for n in range(20) for part in ("qkv", "proj")]
+    stems += [f"lora_unet_double_blocks_{n}_img_mlp_fc1" for n in range(20)]
+    assert detect(dict.fromkeys(stems), {}).arch == "unknown"

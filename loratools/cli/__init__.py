@@ -1,0 +1,55 @@
+"""The command line: one file per command, imported when it is called for.
+
+A command's file defines ``command``; its row here is what ``loratools --help`` shows without importing it.
+Only this package prints, shows progress and sets exit statuses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+import click
+
+from loratools import __version__
+from loratools.cli._group import Commands
+
+COMMANDS = {
+    "info": "What each file is: architecture, layout, ranks, norms, training.",
+    "merge": "Combine several adapters into one.",
+}
+
+_EPILOG = """\b
+Examples:
+  loratools info style.safetensors
+  loratools merge style.safetensors character.safetensors -o both.safetensors
+  loratools merge --help
+"""
+
+
+@click.group(
+    "loratools",
+    cls=Commands,
+    commands_in="loratools.cli",
+    summaries=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_EPILOG,
+)
+@click.version_option(__version__, prog_name="loratools", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Inspect and merge LoRA adapters, whatever trainer wrote them.
+
+    A PATH is a .safetensors, .ckpt, .pt, .pth, .bin, .npz or .gguf file, or a folder that is an adapter
+    (PEFT, MLX). What a file is, is read from its content, never from its name.
+
+    Exit status: 0 done; 1 refused or failed, and nothing was written; 2 wrong usage; 130 interrupted.
+    """
+
+
+def main() -> None:
+    """The console entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a replaced stream may not be a text file
+            # A name that the terminal's code page lacks must not end a report halfway.
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    cli(prog_name="loratools")

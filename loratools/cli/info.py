@@ -1,0 +1,174 @@
+"""``loratools info``: what each file is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from loratools.cli import failures, options, output
+
+if TYPE_CHECKING:
+    from loratools.ops.results import Info
+
+_EPILOG = """\b
+Examples:
+  loratools info style.safetensors
+  loratools info style.safetensors --modules
+  loratools info ~/loras --no-norms
+  loratools info style.safetensors --json | jq .components
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file to look at.
+
+    Attributes:
+        path: The file, or a folder that is one adapter or model.
+        named: Whether the user named it, rather than a folder that it lies in.
+    """
+
+    path: Path
+    named: bool
+
+
+@click.command("info", epilog=_EPILOG, short_help="What each file is.")
+@click.argument("paths", metavar="[PATH]...", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--modules", is_flag=True, help="List every module of each adapter.")
+@click.option("--no-norms", is_flag=True, help="Read headers only: no norms, spectra and energies.")
+@options.arch
+@options.common
+@click.pass_context
+def command(
+    ctx: click.Context,
+    paths: Sequence[Path],
+    modules: bool,
+    no_norms: bool,
+    arch: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """What each file is: architecture, layout, ranks, norms, training.
+
+    Without PATH: the adapters in the current folder. A folder that is not itself an adapter or a model is
+    searched, subfolders included; files in it that cannot be read are listed with the reason.
+
+    Norms are of ΔW with its scale: norm is Frobenius, spectral the largest singular value. Stable rank is
+    norm² / spectral²; effective rank the exponential of the entropy of the energies σ²/Σσ². "Energy kept at
+    rank R" is the share of Σσ² that the R largest singular values hold. For a component: norm over all its
+    modules, the largest spectral norm, and the medians of the ranks.
+
+    Exit status 1 if a file named outright cannot be read; the others are shown all the same.
+    """
+    entries = list(_named(paths)) if paths else list(_here())
+    infos = _look(ctx, entries, norms=not no_norms, arch=arch, quiet=quiet)
+    failed = [info for entry, info in zip(entries, infos, strict=True) if entry.named and info.error]
+    if not paths:
+        infos = [info for info in infos if info.type == "adapter" or info.error]
+    single = len(paths) == 1 and len(entries) == 1 and entries[0].named
+    if as_json:
+        _write_json(infos, single=single)
+    elif single:
+        _write_one(infos[0], modules=modules)
+    else:
+        _write_several(infos, failed, paths, modules=modules)
+    for info in failed:
+        output.write_error(str(info.error))
+    if failed:
+        ctx.exit(1)
+
+
+def _named(paths: Sequence[Path]) -> Iterator[Entry]:
+    """What the user named; a folder of files becomes its files."""
+    from loratools.ops import inspect
+
+    for path in paths:
+        if path.is_dir() and not _single(path):
+            yield from (Entry(found, named=False) for found in inspect.candidates(path))
+        else:
+            yield Entry(path, named=True)
+
+
+def _here() -> Iterator[Entry]:
+    """The current folder, if it is an adapter itself; else its files and the adapter folders in it."""
+    from loratools.ops import inspect
+
+    here = Path()
+    if _single(here):
+        yield Entry(here, named=False)
+        return
+    inside = sorted(path for path in here.iterdir() if not path.name.startswith("."))
+    files = {path for path in inspect.candidates(here) if len(path.parts) == 1}
+    for path in inside:
+        if path in files or (path.is_dir() and _single(path)):
+            yield Entry(path, named=False)
+
+
+def _single(folder: Path) -> bool:
+    """Whether a folder is one adapter or model; one that cannot be read is, and will say why."""
+    from loratools.errors import LoraError
+    from loratools.ops import inspect
+
+    try:
+        return inspect.is_single(folder)
+    except (LoraError, OSError):
+        return True
+
+
+def _look(
+    ctx: click.Context, entries: Sequence[Entry], *, norms: bool, arch: str | None, quiet: bool
+) -> list[Info]:
+    """What each file is; one that cannot be read has its ``error``, and the others are looked at."""
+    from loratools.ops import inspect
+    from loratools.ops.results import Info
+
+    found: list[Info] = []
+    with output.progress("reading", quiet=quiet or len(entries) < 2) as progress:
+        for number, entry in enumerate(entries):
+            if progress is not None:
+                progress(entry.path.name, number, len(entries))
+            try:
+                found.append(inspect.info(entry.path, norms=norms, arch=arch))
+            except Exception as error:
+                if entry.named and failures.debugging(ctx):
+                    raise
+                size = entry.path.stat().st_size if entry.path.is_file() else 0
+                found.append(Info(path=str(entry.path), bytes=size, error=failures.message(error)))
+    return found
+
+
+def _write_json(infos: Sequence[Info], *, single: bool) -> None:
+    from loratools.report import data
+
+    each = [data.info_json(info) for info in infos]
+    output.write_json(each[0] if single else each)
+
+
+def _write_one(info: Info, *, modules: bool) -> None:
+    if info.error:
+        return
+    from loratools.report.info_text import info_text
+
+    output.write_report(lambda width, symbols: info_text(info, width=width, symbols=symbols, modules=modules))
+
+
+def _write_several(
+    infos: Sequence[Info], failed: Sequence[Info], paths: Sequence[Path], *, modules: bool
+) -> None:
+    """A table, why files of a folder cannot be read, and every module where that was asked for."""
+    if not infos:
+        where = ", ".join(map(str, paths)) if paths else f"the current folder ({Path.cwd()})"
+        click.echo(f"No adapters in {where}. Name a file or another folder: loratools info PATH")
+        return
+    from loratools.report.table_text import table_text
+
+    # What was named outright and failed is told on stderr.
+    told = {info.path for info in failed}
+    output.write_report(lambda width, symbols: table_text(infos, width=width, symbols=symbols, told=told))
+    for info in infos if modules else ():
+        if not info.error:
+            _write_one(info, modules=True)

@@ -1,0 +1,165 @@
+"""Options that several commands share, and callbacks that check values."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from loratools.cli import failures
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+Decorator = Callable[[Decorated], Decorated]
+Callback = Callable[[click.Context, click.Parameter, Any], Any]
+
+# Every library that may hold a thread pool reads one of these when it is imported.
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+
+
+def registered(package: str, constant: str, word: str) -> Callback:
+    """A callback for the name of something that one file of a package defines: a layout, a method.
+
+    The package is imported when a name is given, never for --help.
+    """
+
+    def checked(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+        # The default is known to be good, and looking it up may mean importing torch.
+        if value is None or value == param.default:
+            return value
+        from loratools.registry import scan
+
+        known = scan(package, constant)
+        if value not in known:
+            import difflib
+
+            near = difflib.get_close_matches(value, known, n=1)
+            hint = f"Did you mean {near[0]}? " if near else ""
+            text = f"there is no {word} {value!r}. {hint}Known: {', '.join(known)}."
+            raise click.BadParameter(text, ctx, param)
+        return value
+
+    return checked
+
+
+def device(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """Callback of --device: the spelling is checked here; whether it is there, the operation finds out."""
+    if not _DEVICE.fullmatch(value):
+        text = f"{value!r} is no device. Choose auto, cpu, cuda, cuda:N or mps."
+        raise click.BadParameter(text, ctx, param)
+    return value
+
+
+def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    """Callback for finite numbers with commas between them: ``0.8,-0.5``."""
+    if value is None:
+        return None
+    found: list[float] = []
+    for part in value.split(","):
+        try:
+            number = float(part)
+        except ValueError:
+            text = f"{part.strip()!r} is not a number. Write numbers with commas between: 0.8,0.5."
+            raise click.BadParameter(text, ctx, param) from None
+        if not math.isfinite(number):
+            raise click.BadParameter(f"{part.strip()} is not a finite number.", ctx, param)
+        found.append(number)
+    return tuple(found)
+
+
+def common(command: Decorated) -> Decorated:
+    """--json, --threads, --quiet and --debug, which every command has."""
+    for option in reversed((_json, _threads, _quiet, _debug)):
+        command = option(command)
+    return command
+
+
+def writing(command: Decorated) -> Decorated:
+    """--output, --to, --dtype, --device, --overwrite and --dry-run: for a command that writes an adapter."""
+    for option in reversed((_output, _to, _dtype, _device, _overwrite, _dry_run)):
+        command = option(command)
+    return command
+
+
+def arch(command: Decorated) -> Decorated:
+    """--arch."""
+    return click.option(
+        "--arch",
+        callback=registered("loratools.archs", "ARCH", "architecture"),
+        metavar="NAME",
+        help="The architecture (sd15, sdxl, flux, llm, …), where detection is wrong.",
+    )(command)
+
+
+def _limit_threads(_ctx: click.Context, _param: click.Parameter, value: int | None) -> int | None:
+    if value is not None:
+        for variable in _THREAD_VARIABLES:
+            os.environ[variable] = str(value)
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(value)
+    return value
+
+
+_json: Decorator[Any] = click.option(
+    "as_json", "--json", is_flag=True, help="One JSON document on stdout, nothing else there."
+)
+_threads: Decorator[Any] = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    expose_value=False,
+    # Before any other value is converted, since that may import what reads the variables.
+    is_eager=True,
+    callback=_limit_threads,
+    help="Threads to compute with. Default: one per core.",
+)
+_quiet: Decorator[Any] = click.option(
+    "--quiet", "-q", is_flag=True, help="No progress bar, and no report of what was written."
+)
+_debug: Decorator[Any] = click.option(
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=failures.remember_debug,
+    help="Show the traceback of an error.",
+)
+_output: Decorator[Any] = click.option(
+    "--output",
+    "-o",
+    required=True,
+    metavar="OUT",
+    help="Where to write: a .safetensors file, or a folder where the layout wants one (peft).",
+)
+_to: Decorator[Any] = click.option(
+    "--to",
+    "layout",
+    callback=registered("loratools.formats", "FORMAT", "layout"),
+    metavar="LAYOUT",
+    help="The layout to write (kohya, diffusers, peft, …). Default: that of the first input.",
+)
+_dtype: Decorator[Any] = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16", "keep"]),
+    default="keep",
+    metavar="DTYPE",
+    help="Store dtype: float32, float16, bfloat16, or keep (default).",
+)
+_device: Decorator[Any] = click.option(
+    "--device",
+    callback=device,
+    default="auto",
+    metavar="DEVICE",
+    help="Where to compute: auto (default), cpu, cuda, cuda:N or mps.",
+)
+_overwrite: Decorator[Any] = click.option(
+    "--overwrite", is_flag=True, help="Replace an existing output; it may be one of the inputs."
+)
+_dry_run: Decorator[Any] = click.option(
+    "--dry-run", is_flag=True, help="Do everything but write, and say what would be written."
+)

@@ -1,0 +1,287 @@
+"""Low-rank matrices as pairs of factors: sums, singular values, and the best approximation of a given rank.
+
+ΔW = up @ down is never formed unless it is smaller than its factors. Both factors are orthogonalised,
+up = Q·R and downᵀ = P·S, and the singular value decomposition of the small core R·Sᵀ = U·Σ·Vᵀ gives that of
+ΔW = (Q·U)·Σ·(P·V)ᵀ. Q and P stay implicit as Householder reflectors and are applied only to the columns kept.
+All arithmetic is float64 on the device where the factors lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import scipy.linalg
+import torch
+
+from loratools.errors import NonFiniteError, OptionError, ShapeError
+
+COMPUTE = torch.float64
+
+# Rounding in the core is a few units in the last place of the rank-one terms that were added up; what is left
+# of terms that cancel lies below this many of them.
+_CANCELLATION = 16.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factors:
+    """A matrix up @ down with every scale folded in.
+
+    Attributes:
+        up: (out, rank).
+        down: (rank, in), of the same dtype on the same device.
+    """
+
+    up: torch.Tensor
+    down: torch.Tensor
+
+    def __post_init__(self) -> None:
+        up, down = self.up, self.down
+        if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0] or up.dtype != down.dtype:
+            found = f"up {list(up.shape)} {up.dtype} and down {list(down.shape)} {down.dtype}"
+            raise ShapeError(
+                f"{found} do not fit each other",
+                expected="Matrices (out, rank) and (rank, in) of one rank and one dtype were expected",
+            )
+
+    @property
+    def rank(self) -> int:
+        """The number of rank-one terms, a count; the matrix may have a lower rank."""
+        return int(self.up.shape[1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the matrix."""
+        return int(self.up.shape[0]), int(self.down.shape[1])
+
+    def to(self, dtype: torch.dtype) -> Factors:
+        """The same factors in another dtype, without a copy where they are in it already."""
+        return Factors(self.up.to(dtype), self.down.to(dtype))
+
+    def delta(self) -> torch.Tensor:
+        """The matrix itself, (out, in) float64."""
+        return self.up.to(COMPUTE) @ self.down.to(COMPUTE)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Svd:
+    """u · diag(sigma) · vh with orthonormal columns and rows and sigma descending; k = min(rank, out, in).
+
+    Attributes:
+        u: (out, k) float64.
+        sigma: (k,) float64.
+        vh: (k, in) float64.
+    """
+
+    u: torch.Tensor
+    sigma: torch.Tensor
+    vh: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Compressed:
+    """A matrix approximated by factors of a lower rank.
+
+    Attributes:
+        factors: The approximation in float64, with sqrt(σ) on both sides.
+        energy: The fraction of the input's Σσ² retained, in [0, 1]; 1 for a zero matrix.
+        sigma: The singular values of the input, as far as they are known, descending; float64.
+    """
+
+    factors: Factors
+    energy: float
+    sigma: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Side:
+    """One factor x (n, rank) as orthonormal columns times a small matrix.
+
+    Attributes:
+        core: (min(n, rank), rank); x itself where x is no taller than wide.
+        reflectors: Householder vectors and their coefficients, or None where x is its own core.
+    """
+
+    core: torch.Tensor
+    reflectors: tuple[torch.Tensor, torch.Tensor] | None
+
+    def expand(self, vectors: torch.Tensor, length: int) -> torch.Tensor:
+        """The orthonormal columns times ``vectors`` (min(n, rank), k), as (n, k)."""
+        if self.reflectors is None:
+            return vectors
+        padded = vectors.new_zeros(length, vectors.shape[1])
+        padded[: vectors.shape[0]] = vectors
+        return torch.ormqr(*self.reflectors, padded)
+
+
+def stack(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    """Σ weightᵢ · upᵢ @ downᵢ exactly, as one pair of factors of the summed rank.
+
+    Each weight goes as sqrt(|weight|) into both factors, so that neither side outgrows the other, and its
+    sign into up.
+
+    Args:
+        parts: At least one, all of one shape (out, in).
+        weights: One per part.
+
+    Returns:
+        Factors in float64.
+
+    Raises:
+        ShapeError: The parts differ in shape.
+    """
+    shapes = {part.shape for part in parts}
+    if len(shapes) != 1:
+        raise ShapeError(
+            f"matrices of shapes {sorted(shapes)} cannot be added",
+            expected="Parts of one shape (out, in) were expected",
+        )
+    ups, downs = [], []
+    for part, weight in zip(parts, weights, strict=True):
+        root = abs(weight) ** 0.5
+        ups.append(part.up.to(COMPUTE) * (-root if weight < 0 else root))
+        downs.append(part.down.to(COMPUTE) * root)
+    return Factors(torch.cat(ups, dim=1), torch.cat(downs, dim=0))
+
+
+def svd(factors: Factors) -> Svd:
+    """The singular value decomposition of up @ down from its factors.
+
+    The largest entry by magnitude of every column of u is positive, so that one input gives one file.
+
+    Raises:
+        NonFiniteError: A factor holds NaN or Inf.
+    """
+    left, core, right = _decompose(factors)
+    return _assemble(factors.shape, left, core, right)
+
+
+def numerical_rank(
+    sigma: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, floor: float = 0.0
+) -> int:
+    """How many singular values exceed rounding: σ > max(σ₁ · max(out, in) · eps, floor).
+
+    Args:
+        sigma: (k,) descending.
+        shape: (out, in).
+        dtype: The dtype that sigma was computed in, which sets eps.
+        floor: An absolute error of sigma that is known otherwise.
+    """
+    if not sigma.numel():
+        return 0
+    tolerance = max(float(sigma[0]) * max(shape) * torch.finfo(dtype).eps, floor)
+    return int((sigma > tolerance).sum())
+
+
+def compress(factors: Factors, rank: int | None = None) -> Compressed:
+    """The best approximation of up @ down of a given rank, or the matrix itself at its numerical rank.
+
+    By Eckart, Young and Mirsky the truncated singular value decomposition is the nearest matrix of its rank
+    in every unitarily invariant norm.
+
+    Args:
+        factors: Of any rank.
+        rank: A count of at least 1, or None to drop only what is rounding noise. Where the numerical rank is
+            lower than asked for, that is kept and nothing is padded.
+
+    Returns:
+        Factors of rank at least 1: a zero matrix keeps one zero term.
+
+    Raises:
+        NonFiniteError: A factor holds NaN or Inf.
+        OptionError: The rank is below 1.
+    """
+    check_rank(rank)
+    left, core, right = _decompose(factors)
+    real = numerical_rank(core.sigma, factors.shape, COMPUTE, _noise(factors))
+    kept = real if rank is None else min(rank, real)
+    energy = 1.0 if kept == real else retained(core.sigma, kept)
+    part = Svd(core.u[:, :kept], core.sigma[:kept], core.vh[:kept])
+    return Compressed(balanced(_assemble(factors.shape, left, part, right)), energy, core.sigma)
+
+
+def balanced(found: Svd) -> Factors:
+    """u·sqrt(σ) and sqrt(σ)·vh; where no singular values are left, zero factors of rank 1."""
+    if not found.sigma.numel():
+        return Factors(
+            found.u.new_zeros(found.u.shape[0], 1),
+            found.vh.new_zeros(1, found.vh.shape[1]),
+        )
+    root = found.sigma.sqrt()
+    return Factors(found.u * root, root[:, None] * found.vh)
+
+
+def retained(sigma: torch.Tensor, rank: int) -> float:
+    """The fraction of Σσ² in the first ``rank`` singular values; 1 where all are zero."""
+    top = float(sigma[0]) if sigma.numel() else 0.0
+    if top == 0.0:
+        return 1.0
+    squares = (sigma / top).square()
+    return min(1.0, float(squares[:rank].sum() / squares.sum()))
+
+
+def check_rank(rank: int | None) -> None:
+    """Refuse a rank below 1.
+
+    Raises:
+        OptionError: It is.
+    """
+    if rank is not None and rank < 1:
+        raise OptionError(f"rank {rank}", expected="A rank is a whole number of at least 1")
+
+
+def dense_svd(matrix: torch.Tensor) -> Svd:
+    """The thin decomposition of a small matrix, by divide and conquer or, where that fails, by QR iteration.
+
+    Raises:
+        NonFiniteError: The matrix holds NaN or Inf.
+    """
+    if not bool(matrix.isfinite().all()):
+        raise NonFiniteError(
+            f"a matrix of shape {list(matrix.shape)} holds NaN or Inf",
+            expected="Finite factors were expected",
+        )
+    try:
+        u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
+    except RuntimeError:
+        # LAPACK's gesdd gives up on rare matrices that gesvd still decomposes; torch's LinAlgError is a
+        # RuntimeError. What neither can do, scipy raises.
+        arrays = scipy.linalg.svd(matrix.cpu().numpy(), full_matrices=False, lapack_driver="gesvd")
+        u, sigma, vh = (torch.from_numpy(array).to(matrix) for array in arrays)
+    return Svd(u, sigma, vh)
+
+
+def signed(found: Svd) -> Svd:
+    """The same decomposition with the largest entry by magnitude of every column of u positive."""
+    if not found.u.numel():
+        return found
+    largest = found.u.abs().argmax(dim=0, keepdim=True)
+    sign = torch.where(found.u.gather(0, largest)[0] < 0, -1.0, 1.0).to(found.u)
+    return Svd(found.u * sign, found.sigma, found.vh * sign[:, None])
+
+
+def _decompose(factors: Factors) -> tuple[_Side, Svd, _Side]:
+    left = _orthogonalise(factors.up.to(COMPUTE))
+    right = _orthogonalise(factors.down.to(COMPUTE).T)
+    return left, dense_svd(left.core @ right.core.T), right
+
+
+def _orthogonalise(factor: torch.Tensor) -> _Side:
+    length, rank = factor.shape
+    if length <= rank:
+        return _Side(factor, None)
+    packed, coefficients = torch.geqrf(factor)
+    return _Side(packed[:rank].triu(), (packed, coefficients))
+
+
+def _assemble(shape: tuple[int, int], left: _Side, core: Svd, right: _Side) -> Svd:
+    u = left.expand(core.u, shape[0])
+    vh = right.expand(core.vh.T, shape[1]).T
+    return signed(Svd(u, core.sigma, vh))
+
+
+def _noise(factors: Factors) -> float:
+    """A bound on the rounding error of the singular values that cancellation between terms leaves behind."""
+    lengths = torch.linalg.vector_norm(factors.up.to(COMPUTE), dim=0)
+    widths = torch.linalg.vector_norm(factors.down.to(COMPUTE), dim=1)
+    return float(lengths @ widths) * torch.finfo(COMPUTE).eps * _CANCELLATION

@@ -1,0 +1,131 @@
+"""Results as JSON values: what ``--json`` writes. NaN and Infinity, which JSON lacks, become null."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loratools.ops.results import ComponentInfo, Info, MergedModule, MergeReport, ModuleInfo
+
+
+def dumps(value: Any) -> str:
+    """Strict JSON in ASCII, which survives any terminal, pipe and code page."""
+    return json.dumps(strict(value), indent=2, allow_nan=False)
+
+
+def strict(value: Any) -> Any:
+    """The value with what JSON cannot hold replaced: NaN and Infinity by null, the rest by its text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): strict(each) for key, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
+        return [strict(each) for each in value]
+    return str(value)
+
+
+def info_json(info: Info) -> dict[str, Any]:
+    """One file's entry of ``info --json``.
+
+    ``norm`` is the Frobenius norm of ΔW with its scale; ``energy`` is the fraction of Σσ² kept at smaller
+    ranks, by rank. Both are null where they were not asked for or cannot be known.
+    """
+    found: dict[str, Any] = strict(
+        {
+            "path": info.path,
+            "bytes": info.bytes,
+            "type": info.type,
+            "layout": info.layout,
+            "variant": info.variant,
+            "container": info.container,
+            "arch": info.arch,
+            "arch_title": info.arch_title,
+            "kinds": info.kinds,
+            "components": {name: _component(each) for name, each in info.components.items()},
+            "modules": [_module(each) for each in info.modules],
+            "tensors": info.tensors,
+            "dtypes": info.dtypes,
+            "unclaimed": info.unclaimed,
+            "metadata": info.metadata,
+            "training": info.training,
+            "warnings": info.warnings,
+            "error": info.error,
+        }
+    )
+    return found
+
+
+def merge_json(report: MergeReport, *, dry_run: bool = False) -> dict[str, Any]:
+    """The document of ``merge --json``.
+
+    Args:
+        report: What the merge did.
+        dry_run: Whether nothing was written; ``bytes`` is then what would have been.
+    """
+    found: dict[str, Any] = strict(
+        {
+            "output": report.output,
+            "bytes": report.bytes,
+            "dry_run": dry_run,
+            "method": report.method,
+            "options": report.options,
+            "layout": report.layout,
+            "arch": report.arch,
+            "inputs": report.inputs,
+            "modules": [_merged(each) for each in report.modules],
+            "ranks": report.ranks,
+            "energy": report.energy,
+            "dtypes": report.dtypes,
+            "carried": report.carried,
+            "dropped": report.dropped,
+            "notes": report.notes,
+        }
+    )
+    return found
+
+
+def _component(component: ComponentInfo) -> dict[str, Any]:
+    return {
+        "modules": component.modules,
+        "ranks": component.ranks,
+        "norm": component.norm,
+        "spectral_norm": component.spectral_norm,
+        "stable_rank": component.stable_rank,
+        "effective_rank": component.effective_rank,
+        "energy": component.energy,
+    }
+
+
+def _module(module: ModuleInfo) -> dict[str, Any]:
+    return {
+        "target": module.target,
+        "component": module.component,
+        "kind": module.kind,
+        "op": module.op,
+        "shape": module.shape,
+        "rank": module.rank,
+        "alpha": module.alpha,
+        "scale": module.scale,
+        "norm": module.norm,
+        "spectral_norm": module.spectral_norm,
+        "stable_rank": module.stable_rank,
+        "effective_rank": module.effective_rank,
+        "energy": module.energy,
+        "dtype": module.dtype,
+        "dora": module.dora,
+        "magnitude_axis": module.magnitude_axis,
+    }
+
+
+def _merged(module: MergedModule) -> dict[str, Any]:
+    return {
+        "target": module.target,
+        "component": module.component,
+        "inputs": module.inputs,
+        "rank": module.rank,
+        "energy": module.energy,
+    }

@@ -1,0 +1,132 @@
+"""Single values as people read them: sizes, counts, percentages, ranks, and text from untrusted files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+_SIZES = ("B", "kB", "MB", "GB", "TB")
+_BINS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Symbols:
+    """The characters beyond ASCII that a report uses, or what stands in for them.
+
+    Attributes:
+        times: Between a value and its count.
+        dot: Between the parts of one line.
+        dash: Between the ends of a range.
+        more: Where something was left out.
+        bars: Eight bars of growing height.
+    """
+
+    times: str = "×"
+    dot: str = "·"
+    dash: str = "–"
+    more: str = "…"
+    bars: str = "▁▂▃▄▅▆▇█"
+
+
+UNICODE = Symbols()
+ASCII = Symbols(times="x", dot="|", dash="-", more="...", bars=".:-=+*#@")
+
+
+def symbols_for(encoding: str | None) -> Symbols:
+    """The symbols that an output of this encoding can show."""
+    try:
+        (UNICODE.bars + UNICODE.more + UNICODE.dash).encode(encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return ASCII
+    return UNICODE
+
+
+def clean(text: object) -> str:
+    """Text on one line without control characters: metadata must not be able to steer the terminal."""
+    return "".join(
+        char if char.isprintable() else " " if char.isspace() else "\N{REPLACEMENT CHARACTER}"
+        for char in str(text)
+    )
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units: ``170.5 MB``."""
+    value = float(count)
+    for unit in _SIZES:
+        if value < 999.95 or unit == _SIZES[-1]:
+            break
+        value /= 1000
+    return f"{count:,} B" if unit == "B" else f"{value:,.1f} {unit}"
+
+
+def number(value: float | None) -> str:
+    """Four significant digits; nothing where there is no value."""
+    if value is None:
+        return ""
+    return (
+        f"{value:.4g}"
+        if 1e-3 <= abs(value) < 1e5 or value == 0 or not math.isfinite(value)
+        else f"{value:.2e}"
+    )
+
+
+def percentage(fraction: float | None) -> str:
+    """A fraction as a percentage, rounded down, so that only what is whole says 100%."""
+    if fraction is None:
+        return ""
+    if not math.isfinite(fraction):
+        return str(fraction)
+    if fraction >= 1.0:
+        return "100%"
+    digits = 1 if fraction < 0.99 else 2
+    # The tiny addition undoes the binary representation's shortfall: 0.29 * 1000 is 289.99…
+    floored = math.floor(fraction * 100 * 10**digits + 1e-9) / 10**digits
+    return f"{min(floored, 99.99):.{digits}f}%"
+
+
+def plural(count: int, word: str) -> str:
+    """``1 module``, ``1,234 modules``."""
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
+
+
+def counts(values: Mapping[str, int] | Mapping[int, int], symbols: Symbols, limit: int = 4) -> str:
+    """``F16 ×722, F32 ×3``: the commonest first, the others counted; a single value stands alone."""
+    if len(values) == 1:
+        return clean(next(iter(values)))
+    common = sorted(values.items(), key=lambda item: -item[1])
+    shown = [f"{clean(value)} {symbols.times}{count:,}" for value, count in common[:limit]]
+    left = len(common) - limit
+    return ", ".join(shown) + (f", {left} more" if left > 0 else "")
+
+
+def ranks(found: Mapping[int, int], symbols: Symbols) -> str:
+    """``32``, ``16 ×192, 8 ×4``, or ``1–64`` where there are many."""
+    if not found:
+        return ""
+    if len(found) > 2:
+        return f"{min(found)}{symbols.dash}{max(found)}"
+    return counts(found, symbols)
+
+
+def histogram(found: Mapping[int, int], symbols: Symbols) -> str:
+    """One bar per rank, or per equal step of ranks where they are many; an absent rank leaves a gap."""
+    if not found:
+        return ""
+    bars = _heights(_binned(sorted(found.items())), symbols.bars)
+    return f"{min(found)} {bars} {max(found)}"
+
+
+def _binned(items: Sequence[tuple[int, int]]) -> list[int]:
+    if len(items) <= _BINS:
+        return [count for _, count in items]
+    low, high = items[0][0], items[-1][0]
+    bins = [0] * _BINS
+    for rank, count in items:
+        bins[min(_BINS - 1, (rank - low) * _BINS // (high - low + 1))] += count
+    return bins
+
+
+def _heights(bins: Sequence[int], bars: str) -> str:
+    top = max(bins)
+    return "".join(bars[max(0, math.ceil(count * len(bars) / top) - 1)] if count else " " for count in bins)

@@ -1,0 +1,316 @@
+"""Writing: whole files or none, whatever happens on the way."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from loratools.errors import LayoutError, OutputExistsError, ShapeError, WriteError
+from loratools.io import atomic_folder, atomic_output, open_tensors, write_safetensors
+from loratools.tensors import BytesSource, LazySource, TensorRef, from_torch
+
+ROOT = Path(__file__).resolve().parents[2]
+posix = pytest.mark.skipif(os.name != "posix", reason="POSIX resource limits, signals and modes")
+
+
+def ref(name, values=(1.0, 2.0)):
+    return from_torch(name, torch.tensor(values))
+
+
+def failing(name, error):
+    def load():
+        raise error
+
+    return TensorRef(name, (2,), "F32", LazySource(load))
+
+
+def names(folder):
+    return sorted(os.listdir(folder))
+
+
+def read(path):
+    with open_tensors(path) as file:
+        return {name: tensor.load().tolist() for name, tensor in file.tensors.items()}
+
+
+def run(program, folder, **options):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True, **options)
+
+
+def test_returns_the_size_and_reports_progress(tmp_path):
+    steps = []
+    size = write_safetensors(tmp_path / "x", [ref("b"), ref("a", (1.0,))], {"k": "v"}, progress=steps.append)
+    assert size == (tmp_path / "x").stat().st_size
+    assert steps == [4, 8]  # a, then b: the canonical order
+    assert names(tmp_path) == ["x"]
+
+
+def test_a_transposed_reference_is_written_as_it_reads(tmp_path):
+    tensor = torch.arange(6.0).reshape(2, 3)
+    write_safetensors(tmp_path / "x", [from_torch("a", tensor).flipped()], {})
+    assert read(tmp_path / "x") == {"a": tensor.t().tolist()}
+
+
+def test_existing_output_needs_overwrite(tmp_path):
+    write_safetensors(tmp_path / "x", [ref("old")], {})
+    with pytest.raises(OutputExistsError, match="--overwrite") as caught:
+        write_safetensors(tmp_path / "x", [ref("new")], {})
+    assert isinstance(caught.value, FileExistsError)
+    assert read(tmp_path / "x") == {"old": [1, 2]}
+    write_safetensors(tmp_path / "x", [ref("new")], {}, overwrite=True)
+    assert read(tmp_path / "x") == {"new": [1, 2]}
+    assert names(tmp_path) == ["x"]
+
+
+def test_an_output_that_appears_meanwhile_is_kept(tmp_path):
+    def load():
+        (tmp_path / "x").write_text("another program's")
+        return torch.ones(2)
+
+    with pytest.raises(OutputExistsError):
+        write_safetensors(tmp_path / "x", [TensorRef("a", (2,), "F32", LazySource(load))], {})
+    assert (tmp_path / "x").read_text() == "another program's"
+    assert names(tmp_path) == ["x"]
+
+
+def test_the_output_may_be_the_mapped_input(tmp_path):
+    write_safetensors(tmp_path / "x", [ref("a"), ref("b", (3.0, 4.0))], {})
+    with open_tensors(tmp_path / "x") as file:
+        kept = file.tensors["b"].load()
+        swapped = [file.tensors["a"].renamed("b"), file.tensors["b"].renamed("a")]
+        if os.name == "nt":
+            pytest.skip("Windows cannot replace a file that is mapped")
+        write_safetensors(tmp_path / "x", swapped, {}, overwrite=True)
+        assert kept.tolist() == [3, 4]
+    assert read(tmp_path / "x") == {"a": [3, 4], "b": [1, 2]}
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    (tmp_path / "folder").mkdir()
+    cases = [
+        (tmp_path / "folder", "the output is a folder"),
+        (tmp_path / "no" / "x", r"the folder .*no does not exist"),
+        (tmp_path / "file" / "x", "does not exist"),
+    ]
+    (tmp_path / "file").write_text("")
+    if os.path.exists("/dev/null"):
+        cases.append((Path("/dev/null"), "a device"))
+    for path, words in cases:
+        with pytest.raises(WriteError, match=words):
+            write_safetensors(path, [ref("a")], {}, overwrite=True)
+    assert names(tmp_path) == ["file", "folder"]
+    assert names(tmp_path / "folder") == []
+
+
+def test_names_that_occur_twice_are_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(LayoutError, match=r"same name \(a\)"):
+        write_safetensors(tmp_path / "x", [failing("a", AssertionError), failing("a", AssertionError)], {})
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError, MemoryError])
+def test_a_failure_in_the_middle_leaves_the_old_file(tmp_path, error):
+    write_safetensors(tmp_path / "x", [ref("old")], {})
+    with pytest.raises(error):
+        write_safetensors(tmp_path / "x", [ref("a"), failing("b", error)], {}, overwrite=True)
+    assert read(tmp_path / "x") == {"old": [1, 2]}
+    assert names(tmp_path) == ["x"]
+
+
+def test_data_of_another_length_than_its_shape(tmp_path):
+    wrong = TensorRef("a", (3,), "F32", BytesSource(memoryview(b"\0" * 8)))
+    with pytest.raises(ShapeError, match=r"tensor a: its data has 8 bytes.*\[3\] takes 12"):
+        write_safetensors(tmp_path / "x", [wrong], {})
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EIO])
+def test_what_the_system_refuses(tmp_path, monkeypatch, number):
+    write_safetensors(tmp_path / "x", [ref("old")], {})
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(
+        WriteError, match=rf"{os.strerror(number)} \(\d+ bytes needed, [\d,]+ bytes are free"
+    ) as caught:
+        write_safetensors(tmp_path / "x", [ref("new")], {}, overwrite=True)
+    assert caught.value.path == str(tmp_path / "x")
+    monkeypatch.undo()
+    assert read(tmp_path / "x") == {"old": [1, 2]}
+    assert names(tmp_path) == ["x"]
+
+
+@posix
+def test_a_full_disk(tmp_path):
+    write_safetensors(tmp_path / "x", [ref("old")], {})
+    program = """
+        import resource
+        from loratools.errors import WriteError
+        from loratools.io import write_safetensors
+        from loratools.tensors import BytesSource, TensorRef
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        big = TensorRef("a", (10**6,), "U8", BytesSource(memoryview(bytes(10**6))))
+        try:
+            write_safetensors("x", [big], {}, overwrite=True)
+        except WriteError as error:
+            print(error)
+    """
+    process = run(program, tmp_path)
+    output, _ = process.communicate(timeout=60)
+    assert "cannot be written: File too large (1,000,0" in output
+    assert read(tmp_path / "x") == {"old": [1, 2]}
+    assert names(tmp_path) == ["x"]
+
+
+@posix
+def test_a_killed_process_leaves_the_old_file_whole(tmp_path):
+    write_safetensors(tmp_path / "x", [ref("old")], {})
+    program = """
+        import sys, time
+        from loratools.io import write_safetensors
+        from loratools.tensors import BytesSource, TensorRef
+        class Stuck:
+            def raw(self):
+                print("half written", flush=True)
+                time.sleep(60)
+        first = TensorRef("a", (10**6,), "U8", BytesSource(memoryview(bytes(10**6))))
+        write_safetensors("x", [first, TensorRef("b", (1,), "U8", Stuck())], {}, overwrite=True)
+    """
+    process = run(program, tmp_path)
+    assert process.stdout.readline() == "half written\n"
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert read(tmp_path / "x") == {"old": [1, 2]}
+    left = [name for name in names(tmp_path) if name != "x"]
+    assert [name for name in left if not (name.startswith(".x.") and name.endswith(".part"))] == []
+
+
+@posix
+def test_the_mode_follows_the_umask(tmp_path):
+    old = os.umask(0o027)
+    try:
+        write_safetensors(tmp_path / "x", [ref("a")], {})
+        with atomic_folder(tmp_path / "folder", overwrite=False) as folder:
+            (folder / "a").write_text("")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o750
+
+
+@posix
+def test_a_link_is_written_through(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "x")
+    write_safetensors(tmp_path / "link", [ref("a")], {})
+    assert (tmp_path / "link").is_symlink()
+    assert read(tmp_path / "real" / "x") == {"a": [1, 2]}
+
+
+def test_long_names(tmp_path):
+    write_safetensors(tmp_path / ("é" * 120), [ref("a")], {})
+    assert names(tmp_path) == ["é" * 120]
+
+
+def test_atomic_output_for_other_files(tmp_path):
+    with atomic_output(tmp_path / "x.json", overwrite=False) as temporary:
+        temporary.write_text("{}")
+        assert names(tmp_path) == [temporary.name]
+    assert (tmp_path / "x.json").read_text() == "{}"
+
+    def interrupted():
+        with atomic_output(tmp_path / "x.json", overwrite=True) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (tmp_path / "x.json").read_text() == "{}"
+    assert names(tmp_path) == ["x.json"]
+
+
+def fill(folder, **files):
+    for name, text in files.items():
+        place = folder / name.replace("__", "/").replace("_", ".")
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(text)
+
+
+def tree(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def test_a_new_folder_appears_whole(tmp_path):
+    for present in (False, True):  # an empty folder is as good as none
+        target = tmp_path / str(present)
+        if present:
+            target.mkdir()
+        with atomic_folder(target, overwrite=False) as folder:
+            fill(folder, a_json="1", sub__b_txt="2")
+            assert tree(target) == {}
+        assert tree(target) == {"a.json": "1", "sub/b.txt": "2"}
+    assert names(tmp_path) == ["False", "True"]
+
+
+def test_a_folder_is_replaced_file_by_file_with_configurations_last(tmp_path, monkeypatch):
+    target = tmp_path / "adapter"
+    with atomic_folder(target, overwrite=False) as folder:
+        fill(folder, a_json="old", w_safetensors="old", kept_txt="old")
+    with pytest.raises(OutputExistsError), atomic_folder(target, overwrite=False):
+        pytest.fail("the folder must be refused before it is filled")
+    moved = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(Path(b).name), replace(a, b)))
+    with atomic_folder(target, overwrite=True) as folder:
+        fill(folder, a_json="new", w_safetensors="new", sub__z_json="new", sub__x_bin="new")
+    assert tree(target) == {
+        "a.json": "new",
+        "w.safetensors": "new",
+        "kept.txt": "old",
+        "sub/z.json": "new",
+        "sub/x.bin": "new",
+    }
+    assert sorted(moved[:2]) == ["w.safetensors", "x.bin"]
+    assert sorted(moved[2:]) == ["a.json", "z.json"]
+    assert names(tmp_path) == ["adapter"]
+
+
+def test_a_folder_that_fails_leaves_the_old_one(tmp_path):
+    target = tmp_path / "adapter"
+    with atomic_folder(target, overwrite=False) as folder:
+        fill(folder, a_json="old")
+
+    def interrupted():
+        with atomic_folder(target, overwrite=True) as folder:
+            fill(folder, a_json="new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert tree(tmp_path) == {"adapter/a.json": "old"}
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(WriteError, match="the output is a file"),
+        atomic_folder(tmp_path / "file", overwrite=True),
+    ):
+        pytest.fail("a file must be refused")
+    with (
+        pytest.raises(WriteError, match="does not exist"),
+        atomic_folder(tmp_path / "no" / "x", overwrite=True),
+    ):
+        pytest.fail("a missing parent must be refused")
