@@ -490,7 +490,7 @@ def diffusers(
             tensors[f"{spelt}.{_DIFFUSERS_SUFFIX[generation][role]}"] = tensor
         scale = next((value for part, value in (scales or {}).items() if part in name), 1.0)
         if network_alpha is not None:
-            tensors[f"{stem}.alpha"] = torch.tensor(network_alpha, dtype=dtype)
+            tensors[f"{spelt}.alpha"] = torch.tensor(network_alpha, dtype=dtype)
             scale = network_alpha / own
         if dora:
             tensors[f"{stem}.lora_magnitude_vector"] = _random(rng, (shape[0],), dtype).abs()
@@ -625,7 +625,7 @@ def peft(
     if dora:
         stated_config["use_dora"] = True
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(stated_config, indent=2, sort_keys=True), "utf-8")
+    (folder / "adapter_config.json").write_text(json.dumps(stated_config, indent=2), "utf-8")
     file = folder / ("adapter_model.safetensors" if container == "safetensors" else "adapter_model.bin")
     if container == "safetensors":
         write_safetensors(file, tensors, {"format": "pt"})

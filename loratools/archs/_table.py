@@ -15,6 +15,7 @@ one dictionary serves every dialect, dotted or flattened, in constant time.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,6 +31,8 @@ Piece: TypeAlias = "str | tuple[str, int] | tuple[str, Rows]"
 Twin: TypeAlias = "str | tuple[Piece, ...] | None"
 Row: TypeAlias = "tuple[str, Twin]"
 
+# A whole-number segment, between separators.
+_NUMBER = re.compile(r"(?<=_)[0-9]+(?=_)")
 _HALVES_EXCHANGED = Rows(((1, 2), (0, 1)), of=2)
 
 
@@ -48,9 +51,9 @@ def parse(stem: str) -> tuple[str, tuple[str, ...]]:
 
     Zero stands for every number, and thus can stand for nothing else, whatever characters a name has.
     """
-    parts = stem.replace(".", "_").split("_")
-    numbers = tuple([part for part in parts if part.isdigit()])
-    return "_".join(["0" if part.isdigit() else part for part in parts]), numbers
+    flat = f"_{stem.replace('.', '_')}_"
+    numbers = tuple(_NUMBER.findall(flat))
+    return (_NUMBER.sub("0", flat) if numbers else flat)[1:-1], numbers
 
 
 class Name(NamedTuple):

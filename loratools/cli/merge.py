@@ -144,7 +144,7 @@ def _own_options(method: str, stated: Mapping[str, Any]) -> dict[str, Any]:
         if name not in fields:
             having = [key for key, each in methods.items() if name in {own.name for own in each.options}]
             raise click.UsageError(
-                f"--{name} is not an option of the method {method}. Methods that have it: {', '.join(having)}."
+                f"--{name} is not an option of the method {method}. These have it: {', '.join(having)}."
             )
     return {fields[name]: value for name, value in given.items()}
 

@@ -61,8 +61,7 @@ def classify(facts: Facts, extras: Mapping[str, TensorRef]) -> str:
     for name, test in _TESTS:
         if test(facts, extras):
             return name
-    factored = [found for found in facts.groups.values() if found.roles.keys() - {"alpha", "magnitude"}]
-    if factored:
+    if any(found.roles.keys() - {"alpha", "magnitude"} for found in facts.groups.values()):
         return "adapter"
     weights = sum(key.endswith((".weight", ".bias")) for key in facts.keys)
     known = any(key.startswith(_BASE) for key in facts.keys)
@@ -80,17 +79,19 @@ _TUNINGS = {
 
 
 def _any(*parts: str) -> Callable[[Facts, Mapping[str, TensorRef]], bool]:
-    return lambda facts, _: any(part in key for key in facts.keys for part in parts)
+    return lambda _, extras: any(part in key for key in extras for part in parts)
 
 
 def _starts(*parts: str) -> Callable[[Facts, Mapping[str, TensorRef]], bool]:
-    return lambda facts, _: any(key.startswith(parts) for key in facts.keys)
+    return lambda _, extras: any(key.startswith(parts) for key in extras)
 
 
 def _textual_inversion(facts: Facts, extras: Mapping[str, TensorRef]) -> bool:
+    if facts.groups:
+        return False
     if any(key == "emb_params" or key.startswith("string_to_param") for key in facts.keys):
         return True
-    if facts.groups or len(facts.keys) > 64:
+    if len(facts.keys) > 64:
         return False
     if set(facts.keys) <= {"clip_l", "clip_g", "t5xxl"}:
         return True
@@ -101,20 +102,22 @@ def _textual_inversion(facts: Facts, extras: Mapping[str, TensorRef]) -> bool:
 
 
 def _vae(facts: Facts, _: Mapping[str, TensorRef]) -> bool:
+    if facts.groups:
+        return False
     tails = ("quant_conv.weight", "post_quant_conv.weight")
     whole = all(key.startswith(("encoder.", "decoder.", "quant_conv", "post_quant_conv")) for key in facts.keys)
     stages = all(key.startswith("first_stage_model.") for key in facts.keys)
-    return not facts.groups and (stages or (whole and any(key.endswith(tails) for key in facts.keys)))
+    return stages or (whole and any(key.endswith(tails) for key in facts.keys))
 
 
-def _ip_adapter(facts: Facts, _: Mapping[str, TensorRef]) -> bool:
-    return any(key.startswith(("image_proj.", "image_proj_model.")) for key in facts.keys) and any(
-        key.startswith(("ip_adapter.", "adapter_modules.", "ip_layers.")) for key in facts.keys
-    )
+def _ip_adapter(facts: Facts, extras: Mapping[str, TensorRef]) -> bool:
+    projected = any(key.startswith(("image_proj.", "image_proj_model.")) for key in extras)
+    parts = ("ip_adapter.", "adapter_modules.", "ip_layers.")
+    return projected and any(key.startswith(parts) for key in facts.keys)
 
 
 def _prompt(facts: Facts, _: Mapping[str, TensorRef]) -> bool:
-    return set(facts.keys) <= {"prompt_embeddings", "prompt_encoder.embedding.weight"}
+    return len(facts.keys) <= 2 and set(facts.keys) <= {"prompt_embeddings", "prompt_encoder.embedding.weight"}
 
 
 _TESTS: tuple[tuple[str, Callable[[Facts, Mapping[str, TensorRef]], bool]], ...] = (

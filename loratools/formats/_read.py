@@ -16,7 +16,11 @@ from loratools.model import EMPTY, Adapter, Layout, Module, Target
 from loratools.registry import scan
 from loratools.tensors import TensorRef
 
-_IDENTITY = ("llm", "speech", "vision")
+# Roles that stand beside a kind's factors.
+_BESIDE = ("alpha", "magnitude")
+_FACTORLESS = {"alpha", "magnitude", "scalar"}
+# Components whose weights are never stored as (in, out), whatever a configuration says.
+_IMAGE = ("denoiser", "text_encoder", "text_encoder_2")
 
 
 def read(
@@ -84,13 +88,16 @@ class _Reader:
         self.facts, self.resolved = self._detect(facts, arch)
         self.format = self._format()
         self.flipped = self.format.flipped(self.facts)
+        self.in_first = bool(facts.config.get("fan_in_fan_out"))
+        owners = (str(name).rpartition(".")[0] for name in facts.config.get("target_parameters") or ())
+        self.packed = {owner for owner in owners if owner}
 
     def adapter(self) -> Adapter:
         """All groups as modules."""
         modules: dict[Target, Module] = {}
         owners: dict[Target, str] = {}
         for stem, found in self.facts.groups.items():
-            if not found.roles.keys() - {"alpha", "magnitude", "scalar"}:
+            if len(found.roles) < 3 and found.roles.keys() <= _FACTORLESS:
                 self._orphan(found)
                 continue
             module = self._module(found)
@@ -147,22 +154,17 @@ class _Reader:
         self.notes.append(f"{found.stem} states an alpha but has no factors")
 
     def _module(self, found: Group) -> Module:
-        roles = dict(found.roles)
-        op = "embedding" if "embedding_up" in roles else "linear"
-        if op == "embedding":
-            roles["up"] = roles.pop("embedding_up")
-            if "embedding_down" in roles:
-                roles["down"] = roles.pop("embedding_down")
+        roles, op = found.roles, "linear"
+        if "embedding_up" in roles:
+            roles, op = {role.removeprefix("embedding_"): ref for role, ref in roles.items()}, "embedding"
         if self.flipped:
-            roles |= {role: roles[role].flipped() for role in ("up", "down") if role in roles}
-        factors = {role: ref for role, ref in roles.items() if role not in ("alpha", "magnitude")}
+            roles = {role: ref.flipped() if role in ("up", "down") else ref for role, ref in roles.items()}
+        factors = {role: ref for role, ref in roles.items() if role not in _BESIDE}
         kind = self._kind(found, roles, factors)
-        if kind.name == "lora":
-            lora.check(f"{self.path}: {found.stem}" if self.path else found.stem, factors)
         rank, shape = kind.rank(factors), kind.shape(factors)
         target = self._target(found)
         scale = self._scale(found, roles, target, rank, kind.name)
-        in_first = op == "embedding" or self._in_first(target)
+        magnitude = roles.get("magnitude")
         return Module(
             target=target,
             kind=kind.name,
@@ -173,24 +175,28 @@ class _Reader:
             shape=shape,
             op="conv" if shape is not None and len(shape) > 2 and kind.low_rank else op,
             alpha_tensor=roles.get("alpha"),
-            magnitude=roles.get("magnitude"),
-            magnitude_axis=_axis(roles.get("magnitude")),
-            in_first=in_first,
+            magnitude=magnitude,
+            magnitude_axis=_axis(magnitude) if magnitude is not None else None,
+            in_first=op == "embedding" or (self.in_first and target.component not in _IMAGE),
         )
 
-    def _kind(self, found: Group, roles: Mapping[str, TensorRef], factors: Mapping[str, TensorRef]) -> kinds.Kind:
+    def _kind(
+        self, found: Group, roles: Mapping[str, TensorRef], factors: Mapping[str, TensorRef]
+    ) -> kinds.Kind:
         kind = kinds.of_roles(roles)
         if kind is None:
             if {"up", "down"} & roles.keys():
-                lora.check(f"{self.path}: {found.stem}" if self.path else found.stem, factors)
+                lora.check(factors, found.stem, self.path)
             raise IncompleteModuleError(
                 f"{found.stem} has tensors that make no adapter kind",
                 path=self.path,
                 keys=[ref.name for ref in roles.values()],
                 expected="A module needs all factors of one kind, such as up and down",
             )
-        if kind.name == "lora" and self._experts(found, factors):
-            return kinds.get("experts")
+        if kind.name == "lora":
+            if self._experts(found, factors):
+                return kinds.get("experts")
+            lora.check(factors, found.stem, self.path)
         return kind
 
     def _experts(self, found: Group, factors: Mapping[str, TensorRef]) -> bool:
@@ -198,13 +204,13 @@ class _Reader:
         # Three axes are stacked experts, unless they are a one-dimensional convolution's.
         if len(up) == len(down) == 3 and (up[2] != 1 or up[1] != down[0]):
             return True
+        if not self.packed:
+            return False
         # PEFT wraps the parameters of one module in turn: the outer ones are named "<module>.base_layer".
         name = found.name
         while name.endswith(".base_layer"):
             name = name.removesuffix(".base_layer")
-        packed = self.facts.config.get("target_parameters") or ()
-        owners = {str(parameter).rpartition(".")[0] for parameter in packed}
-        return any(owner and (name == owner or name.endswith("." + owner)) for owner in owners)
+        return any(name == owner or name.endswith("." + owner) for owner in self.packed)
 
     def _target(self, found: Group) -> Target:
         match = self.resolved.get(found.name)
@@ -213,18 +219,12 @@ class _Reader:
             return Target(match.component, match.path, match.rows)
         return self.format.locate(found.name)
 
-    def _in_first(self, target: Target) -> bool:
-        return bool(self.facts.config.get("fan_in_fan_out")) and target.component not in (
-            "denoiser",
-            "text_encoder",
-        )
-
     def _scale(
         self, found: Group, roles: Mapping[str, TensorRef], target: Target, rank: int | None, kind: str
     ) -> Scale:
         if kind == "lokr" and {"lokr_w1", "lokr_w2"} <= roles.keys():
             return Scale(1.0, roles["alpha"].scalar() if "alpha" in roles else None)
-        if rank is None:
+        if not rank:
             return Scale(1.0)
         if kind == "adalora":
             return _pruned_scale(roles, self.facts.config, rank)
@@ -264,23 +264,17 @@ def _pruned_scale(roles: Mapping[str, TensorRef], config: Mapping[str, Any], ran
     return Scale(alpha / (left + 1e-5), float(alpha))
 
 
-def _axis(magnitude: TensorRef | None) -> str | None:
+def _axis(magnitude: TensorRef) -> str:
     """Which axis of the weight DoRA's magnitude runs along.
 
     LyCORIS and OneTrainer store one value per input as (1, in, …), PEFT a convolution's as (1, out, 1, 1) under its
     own name; one-dimensional ones are per output.
     """
-    if magnitude is None:
-        return None
     several = len(magnitude.shape) > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] > 1
     return "in" if several and magnitude.name.endswith("dora_scale") else "out"
 
 
-def _located(_: Facts) -> float:
-    return 0.0
-
-
-_UNKNOWN = Format(name="unknown", title="unknown", claims=_located)
+_UNKNOWN = Format(name="unknown", title="unknown", claims=lambda _: 0.0)
 
 
 def refuse_other_types(adapter: Adapter) -> None:

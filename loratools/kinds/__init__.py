@@ -7,6 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from loratools.errors import UnsupportedKindError
+from loratools.kinds import lora
 from loratools.kinds._base import Kind
 from loratools.model import Module
 from loratools.registry import scan
@@ -39,6 +40,9 @@ def of_roles(roles: Iterable[str]) -> Kind | None:
 
 @cache
 def _of_roles(roles: frozenset[str]) -> Kind | None:
+    # Nearly every module is a LoRA, and no other kind is made of its roles alone: the others need not be imported.
+    if lora.KIND.fits(roles):
+        return lora.KIND
     return next((kind for kind in _by_precedence() if kind.fits(roles)), None)
 
 
@@ -48,8 +52,6 @@ def delta(module: Module) -> torch.Tensor:
     Raises:
         UnsupportedKindError: The kind's ΔW cannot be computed from its factors alone.
     """
-    from loratools.kinds import lora
-
     if module.kind != "lora":
         title = get(module.kind).title
         raise UnsupportedKindError(

@@ -40,37 +40,47 @@ KIND = Kind(
 )
 
 
-def check(name: str, factors: Factors) -> None:
+def check(factors: Factors, name: str, path: str = "") -> None:
     """Refuse factors that cannot be multiplied.
 
     Args:
+        factors: By role.
         name: The module, for the message.
-        factors: At least up and down.
+        path: The file, for the message.
 
     Raises:
         IncompleteModuleError: A factor is missing.
         ShapeError: Ranks or kernels disagree.
     """
-    missing = [role for role in ("up", "down") if role not in factors]
-    if missing:
+    up, down, mid = factors.get("up"), factors.get("down"), factors.get("mid")
+    if up is None or down is None:
         raise IncompleteModuleError(
-            f"{name} has no {missing[0]} factor",
+            f"{name} has no {'up' if up is None else 'down'} factor",
+            path=path or None,
             keys=[ref.name for ref in factors.values()],
             todo="The file is incomplete; get it again from where it was made",
         )
-    up, down, mid = factors["up"], factors["down"], factors.get("mid")
+    axes = len(up.shape), len(down.shape)
+    if min(axes) < 2 or max(axes) > 5:
+        expected = "Two axes were expected, or three to five for a convolution"
+    elif mid is None and up.shape[1] != down.shape[0]:
+        expected = "up (out, rank) and down (rank, in) must share the rank"
+    elif mid is not None and mid.shape[:2] != (up.shape[1], down.shape[0]):
+        expected = "up (out, rank), mid (rank, rank, …) and down (rank, in) must share the rank"
+    elif up.shape[1] == 0:
+        expected = "A rank of at least 1 was expected"
+    else:
+        return
     shapes = f"up is {list(up.shape)}, down is {list(down.shape)}"
-    if not 2 <= len(up.shape) <= 5 or not 2 <= len(down.shape) <= 5:
-        raise ShapeError(
-            f"{name}: {shapes}", expected="Two axes were expected, or three to five for a convolution"
-        )
     if mid is not None:
         shapes += f", mid is {list(mid.shape)}"
-    inner = (mid.shape[0], mid.shape[1]) if mid is not None and len(mid.shape) == 4 else None
-    if (mid is not None and inner != (up.shape[1], down.shape[0])) or (
-        mid is None and up.shape[1] != down.shape[0]
-    ):
-        raise ShapeError(f"{name}: {shapes}", expected="up (out, rank) and down (rank, in) must share the rank")
+    raise ShapeError(
+        f"{name}: {shapes}",
+        path=path or None,
+        keys=[ref.name for ref in factors.values()],
+        expected=expected,
+        todo="The file is damaged or was made by a faulty script",
+    )
 
 
 def matrices(module: Module) -> tuple[torch.Tensor, torch.Tensor]:

@@ -196,5 +196,4 @@ def _triangle(factor: Float64) -> Float64:
     """R of factor = Q·R, or the factor itself where it is no taller than wide."""
     if factor.shape[0] <= factor.shape[1]:
         return factor
-    triangle: Float64 = np.linalg.qr(factor, mode="r")
-    return triangle
+    return np.asarray(np.linalg.qr(factor, mode="r"))

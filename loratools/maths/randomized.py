@@ -1,14 +1,15 @@
 """The best low-rank approximation of a matrix that is only given as row tiles, by randomised block iteration.
 
-One sweep over the tiles T computes AᵀA·Q = Σ Tᵀ(T·Q): a full power iteration. All blocks Q, AᵀA·Q, (AᵀA)²·Q, …
-are kept as one orthonormal basis (in, width), because subspace iteration, which keeps the last block only,
-needs far more sweeps on the flat spectra that sign masks leave. The energies of the best approximation within
-the basis are the eigenvalues of basisᵀ(AᵀA)basis, known after every sweep; the iteration ends when a sweep adds
-less than 1 % to them. A last sweep projects, A ≈ (A·basis)·basisᵀ, and a small decomposition gives the factors.
+One sweep over the tiles T computes AᵀA·Q = Σ Tᵀ(T·Q): a full power iteration. All blocks Q, AᵀA·Q, (AᵀA)²·Q
+and so on are kept as one orthonormal basis (in, width), because subspace iteration, which keeps only the last
+block, needs far more sweeps on the flat spectra that sign masks leave. The energies of the best approximation
+within the basis are the eigenvalues of basisᵀ(AᵀA)basis, known after every sweep; the iteration ends when a
+sweep adds less than 1 % to them. A last sweep projects, A ≈ (A·basis)·basisᵀ, and a small decomposition gives
+the factors.
 
-How good it is: the energy captured is within 1 % of that of the best approximation of the same rank, on spectra
-that decay, on those of trimmed and sign-masked products, and on white noise (tested on all three). The energy
-reported is exact: it is that of the approximation returned, against the true ‖A‖_F².
+How good it is: the energy captured is within 1 % of that of the best approximation of the same rank, on
+spectra that decay, on those of trimmed and sign-masked products, and on white noise (tested on all three). The
+energy reported is exact: it is that of the approximation returned, against the true ‖A‖_F².
 
 Musco, Musco: "Randomized block Krylov methods for stronger and faster approximate singular value
 decomposition", NeurIPS 2015; Halko, Martinsson, Tropp: "Finding structure with randomness", SIAM Review 2011.

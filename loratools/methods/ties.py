@@ -10,8 +10,8 @@ Differences from the reference implementation, which merges whole models flatten
   modules of small magnitude may vanish.
 - Weights enter with the task vectors, τᵢ = wᵢ·ΔWᵢ, so that one adapter with weight w gives w·trim(ΔW) and a
   negative weight negates; the paper has no weights.
-- Where Σ τ̂ᵢ is exactly 0 no sign is elected, as in the paper's formula; the code there takes the majority sign
-  of the whole model.
+- Where Σ τ̂ᵢ is exactly 0 no sign is elected, as in the paper's formula; there the majority sign of the whole
+  model is taken.
 - Exactly density · numel elements (rounded half up, at least one) are kept, ties broken by position.
 PEFT's "ties" trims and elects on the factors, whose products are not the trimmed and elected ΔW.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.panel import Panel
@@ -39,6 +40,8 @@ TYPES = {
 _UNCLAIMED_SHOWN = 5
 _TAGS_SHOWN = 10
 _HASH_SHOWN = 12
+# The panel's borders and padding, in cells.
+_FRAME = 4
 _VALUE_SHOWN = 240
 _HASH = re.compile(r"(?:0x|sha256:)?[0-9a-fA-F]{24,}")
 
@@ -52,7 +55,7 @@ def info_text(info: Info, *, width: int, symbols: Symbols, modules: bool = False
         symbols: What the output can show.
         modules: Whether to list every module.
     """
-    parts: list[RenderableType] = [_head(info, symbols)]
+    parts: list[RenderableType] = [_head(info, width, symbols)]
     if info.components:
         parts += _components(info.components, width, symbols)
     if modules:
@@ -76,12 +79,24 @@ def kinds_text(info: Info, symbols: Symbols) -> str:
     return f"{kinds} ({share} DoRA)"
 
 
-def _head(info: Info, symbols: Symbols) -> RenderableType:
-    facts = Text(f" {symbols.dot} ", style="dim").join(Text(each) for each in _facts(info, symbols) if each)
+def _head(info: Info, width: int, symbols: Symbols) -> RenderableType:
+    facts = Text(packed(list(_facts(info, symbols)), width - _FRAME, f" {symbols.dot} "))
     title = Text(clean(PurePath(info.path).name or info.path), style="bold", overflow="fold")
     return Panel(
         Group(_what(info, symbols), facts), title=title, title_align="left", padding=(0, 1), expand=False
     )
+
+
+def packed(parts: Sequence[str], width: int, separator: str) -> str:
+    """The parts on as few lines of at most ``width`` cells as they need; lines break between parts only."""
+    lines: list[str] = []
+    for part in filter(None, parts):
+        joined = f"{lines[-1]}{separator}{part}" if lines else part
+        if lines and cell_len(joined) <= width:
+            lines[-1] = joined
+        else:
+            lines.append(part)
+    return "\n".join(lines)
 
 
 def _what(info: Info, symbols: Symbols) -> Text:

@@ -84,10 +84,9 @@ def _facts(report: MergeReport, symbols: Symbols, dry_run: bool) -> Iterator[tup
 
 
 def _shares(report: MergeReport) -> str:
-    """How many modules the inputs share: ``190 in all inputs, 4 in some``."""
+    """How many modules the inputs share: ``190 of them in all inputs``."""
     everywhere = sum(len(module.inputs) == len(report.inputs) for module in report.modules)
-    left = len(report.modules) - everywhere
-    return f"{everywhere:,} in all inputs" + (f", {left:,} in some" if left else "")
+    return "each in all inputs" if everywhere == len(report.modules) else f"{everywhere:,} of them in all inputs"
 
 
 def _keys(keys: Sequence[str]) -> str:

@@ -17,8 +17,8 @@ from loratools.report.values import ASCII, Symbols
 
 _INDENT = 1
 _GAP = 2
-# Where a name may go on in the next line.
-_JOINTS = "/\\._- "
+# After what a name may go on in the next line, best first.
+_JOINTS = ("/\\", ".", "_- ")
 _ASCII_RULE = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 
 
@@ -31,7 +31,7 @@ class Column:
         cells: One per row.
         right: Whether it holds numbers.
         priority: 0 stays whatever the width; the highest goes first.
-        fold: Least width in cells of a column of names, which may fold; 0 for one that may not. One per table.
+        fold: Least width in cells of the one column of names that may fold; 0 for the others.
         style: Of each cell; empty for none.
     """
 
@@ -100,9 +100,9 @@ def folded(name: str, width: int) -> str:
     lines: list[str] = []
     while cell_len(name) > width:
         stop = _cut(name, width)
-        joint = max(name.rfind(char, 0, stop) for char in _JOINTS) + 1
         # A separator near the start would leave a line almost empty.
-        stop = joint if joint > stop // 2 else stop
+        joints = (max(name.rfind(char, 0, stop) for char in chars) + 1 for chars in _JOINTS)
+        stop = next((joint for joint in joints if joint > stop // 2), stop)
         lines.append(name[:stop].rstrip())
         name = name[stop:]
     return "\n".join([*lines, name])
