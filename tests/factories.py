@@ -522,7 +522,7 @@ def lora_config(rank: int, alpha: float, targets: Iterable[str], **fields: Any) 
         "base_model_name_or_path": None,
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": sorted({path.rpartition(".")[2] for path in targets}),
+        "target_modules": sorted(targets),
         "bias": "none",
         **fields,
     }
@@ -613,7 +613,7 @@ def peft(
         tensors["base_model.vera_A"] = _random(rng, (rank, 24), dtype)
         tensors["base_model.vera_B"] = _random(rng, (24, rank), dtype)
     tensors |= dict(extra or {})
-    targets = [path for path, _ in model] + (["embed_tokens"] if embedding else [])
+    targets = [path for path, _ in model] + (["model.embed_tokens"] if embedding else [])
     stated_config = lora_config(rank, alpha, targets, **fields)
     stated_config["peft_type"] = {"lora": "LORA", "adalora": "ADALORA", "vera": "VERA"}[kind]
     if ranks:

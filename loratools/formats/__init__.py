@@ -28,7 +28,9 @@ def get(name: str) -> Format:
     known: Mapping[str, Any] = scan("loratools.formats", "FORMAT")
     if name not in known:
         near = difflib.get_close_matches(name, known)
-        raise LayoutError(f"there is no layout {name!r}", candidates=near, expected=f"Known: {', '.join(known)}")
+        raise LayoutError(
+            f"there is no layout {name!r}", candidates=near, expected=f"Known: {', '.join(known)}"
+        )
     found: Format = known[name]
     return found
 

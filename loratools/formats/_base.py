@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -31,7 +30,6 @@ class Group:
         self.roles: dict[str, TensorRef] = {}
 
 
-@dataclass(frozen=True, eq=False)
 class Facts:
     """What a file shows before its layout is known.
 
@@ -41,19 +39,27 @@ class Facts:
         metadata: The header's string metadata.
         config: adapter_config.json, or empty.
         container: "safetensors", "pickle" or "npz".
-        objects: What a pickle held beside tensors.
-        arch: The detected architecture's name, or "unknown".
         sequence: Whether a pickle held a bare list of tensors.
+        arch: The detected architecture's name, or "unknown".
     """
 
-    groups: Mapping[str, Group]
-    keys: tuple[str, ...]
-    metadata: Mapping[str, str] = field(default_factory=lambda: EMPTY)
-    config: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
-    container: str = "safetensors"
-    objects: Mapping[str, Any] = field(default_factory=lambda: EMPTY)
-    arch: str = "unknown"
-    sequence: bool = False
+    def __init__(
+        self,
+        groups: Mapping[str, Group],
+        keys: tuple[str, ...],
+        *,
+        metadata: Mapping[str, str] = EMPTY,
+        config: Mapping[str, Any] = EMPTY,
+        container: str = "safetensors",
+        sequence: bool = False,
+    ) -> None:
+        self.groups = groups
+        self.keys = keys
+        self.metadata = metadata
+        self.config = config
+        self.container = container
+        self.sequence = sequence
+        self.arch = "unknown"
 
     @cached_property
     def styles(self) -> dict[str, int]:
@@ -135,8 +141,7 @@ def unscaled(group: Group, component: str, rank: int, facts: Facts) -> Scale:  #
     return Scale(1.0)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Format:
+class Format(NamedTuple):
     """One layout.
 
     Attributes:

@@ -105,7 +105,9 @@ def _vae(facts: Facts, _: Mapping[str, TensorRef]) -> bool:
     if facts.groups:
         return False
     tails = ("quant_conv.weight", "post_quant_conv.weight")
-    whole = all(key.startswith(("encoder.", "decoder.", "quant_conv", "post_quant_conv")) for key in facts.keys)
+    whole = all(
+        key.startswith(("encoder.", "decoder.", "quant_conv", "post_quant_conv")) for key in facts.keys
+    )
     stages = all(key.startswith("first_stage_model.") for key in facts.keys)
     return stages or (whole and any(key.endswith(tails) for key in facts.keys))
 
@@ -117,7 +119,10 @@ def _ip_adapter(facts: Facts, extras: Mapping[str, TensorRef]) -> bool:
 
 
 def _prompt(facts: Facts, _: Mapping[str, TensorRef]) -> bool:
-    return len(facts.keys) <= 2 and set(facts.keys) <= {"prompt_embeddings", "prompt_encoder.embedding.weight"}
+    return len(facts.keys) <= 2 and set(facts.keys) <= {
+        "prompt_embeddings",
+        "prompt_encoder.embedding.weight",
+    }
 
 
 _TESTS: tuple[tuple[str, Callable[[Facts, Mapping[str, TensorRef]], bool]], ...] = (

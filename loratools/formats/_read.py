@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +28,6 @@ def read(
     metadata: Mapping[str, str] = EMPTY,
     config: Mapping[str, Any] = EMPTY,
     container: str = "safetensors",
-    objects: Mapping[str, Any] = EMPTY,
     sequence: bool = False,
     arch: str | None = None,
     path: str = "",
@@ -41,7 +39,6 @@ def read(
         metadata: The header's string metadata.
         config: The configuration beside the file, or empty.
         container: "safetensors", "pickle" or "npz".
-        objects: What a pickle held beside tensors.
         sequence: Whether a pickle held a bare list of tensors.
         arch: The architecture, overriding detection.
         path: For messages.
@@ -55,12 +52,18 @@ def read(
     if sequence:
         tensors = _listed(tensors)
     groups, extras = group(tensors)
-    facts = Facts(groups, tuple(tensors), metadata, config, container, objects, "unknown", sequence)
+    facts = Facts(
+        groups, tuple(tensors), metadata=metadata, config=config, container=container, sequence=sequence
+    )
     kind = _classify.classify(facts, extras)
     if kind != "adapter":
         notes = _classify.notes(facts, kind)
-        layout = Layout("peft" if "peft_type" in config else _classify.LAYOUTS.get(kind, "unknown"), "", container)
-        return Adapter({}, dict(tensors), metadata, "unknown", layout, config, path, notes, kind, tuple(tensors))
+        layout = Layout(
+            "peft" if "peft_type" in config else _classify.LAYOUTS.get(kind, "unknown"), "", container
+        )
+        return Adapter(
+            {}, dict(tensors), metadata, "unknown", layout, config, path, notes, kind, tuple(tensors)
+        )
     return _Reader(facts, extras, arch, path).adapter()
 
 
@@ -85,7 +88,8 @@ class _Reader:
         self.path = path
         self.notes: list[str] = []
         self.scales: list[str] = []
-        self.facts, self.resolved = self._detect(facts, arch)
+        self.facts = facts
+        self.resolved = self._detect(facts, arch)
         self.format = self._format()
         self.flipped = self.format.flipped(self.facts)
         self.in_first = bool(facts.config.get("fan_in_fan_out"))
@@ -126,16 +130,17 @@ class _Reader:
             facts.keys,
         )
 
-    def _detect(self, facts: Facts, arch: str | None) -> tuple[Facts, Mapping[str, archs.Resolved]]:
+    def _detect(self, facts: Facts, arch: str | None) -> Mapping[str, archs.Resolved]:
         names = {found.name: _widths(found) for found in facts.groups.values()}
         base = str(facts.config.get("base_model_name_or_path") or facts.config.get("model") or "")
         if arch is not None:
             chosen = archs.get(arch)
-            resolved = {name: match for name in names if (match := chosen.resolve(name)) is not None}
-            return dataclasses.replace(facts, arch=arch), resolved
+            facts.arch = arch
+            return {name: match for name in names if (match := chosen.resolve(name)) is not None}
         found = archs.detect(names, facts.metadata, base)
         self.notes.extend(found.notes)
-        return dataclasses.replace(facts, arch=found.arch), found.resolved
+        facts.arch = found.arch
+        return found.resolved
 
     def _format(self) -> Format:
         formats: Mapping[str, Format] = scan("loratools.formats", "FORMAT")

@@ -28,7 +28,13 @@ _PREFIXES = (
     ("transformer.", "denoiser"),
     ("unet.", "denoiser"),
 )
-_IMAGE_BODIES = ("down_blocks.", "up_blocks.", "mid_block.", "transformer_blocks.", "single_transformer_blocks.")
+_IMAGE_BODIES = (
+    "down_blocks.",
+    "up_blocks.",
+    "mid_block.",
+    "transformer_blocks.",
+    "single_transformer_blocks.",
+)
 _SUFFIXES = {
     "peft-keys": {"up": "lora_B.weight", "down": "lora_A.weight", "up_bias": "lora_B.bias"},
     "lora-updown": {"up": "lora.up.weight", "down": "lora.down.weight"},
@@ -119,7 +125,9 @@ def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef
 
 def _finisher(adapter: Adapter, tensors: list[TensorRef], layout: Layout) -> Document:
     metadata = {
-        key: value for key, value in adapter.metadata.items() if not key.startswith(("ss_", "sshs_", "modelspec."))
+        key: value
+        for key, value in adapter.metadata.items()
+        if not key.startswith(("ss_", "sshs_", "modelspec."))
     }
     metadata.pop(_HEADER, None)
     metadata.setdefault("format", "pt")

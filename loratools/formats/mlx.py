@@ -21,7 +21,9 @@ def _scaler(group: Group, component: str, rank: int, facts: Facts) -> Scale:  # 
     if isinstance(stated, int | float):
         return Scale(float(stated))
     return Scale(
-        _DEFAULT_SCALE, None, f"no configuration states MLX's scale; its default of {_DEFAULT_SCALE:g} is assumed"
+        _DEFAULT_SCALE,
+        None,
+        f"no configuration states MLX's scale; its default of {_DEFAULT_SCALE:g} is assumed",
     )
 
 

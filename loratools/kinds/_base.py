@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from loratools.tensors import TensorRef
 
@@ -11,8 +11,7 @@ Factors = Mapping[str, TensorRef]
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Kind:
+class Kind(NamedTuple):
     """One adapter kind.
 
     Attributes:

@@ -101,8 +101,7 @@ def _grams_alike(factors: list[Array]) -> list[Gram]:
         matrices = _products(factors, np.dtype(np.float32))
         return [_half_gram(*both) for both in zip(factors, matrices, strict=True)]
     if dtype == np.uint16:
-        with np.errstate(over="ignore", invalid="ignore"):
-            matrices = _products(factors, np.dtype(np.float32))
+        matrices = _products(factors, np.dtype(np.float32))
         return [_bfloat16_gram(*both) for both in zip(factors, matrices, strict=True)]
     if dtype == np.float32:
         # The squares of float32 numbers and their sums always fit float64.
@@ -153,7 +152,9 @@ def _stack_products(factors: list[Array], compute: np.dtype[Any]) -> Float64:
     parts = _parts(length, rank)
     cut = (count, rank, parts, -1) if turned else (count, parts, -1, rank)
     to_left, to_right = ((0, 2, 1, 3), (0, 2, 3, 1)) if turned else ((0, 1, 3, 2), (0, 1, 2, 3))
-    product = np.matmul(stack.reshape(cut).transpose(to_left), other.reshape(cut).transpose(to_right))
+    # Inf and NaN in, or overflow on the way: the caller looks at the result.
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = np.matmul(stack.reshape(cut).transpose(to_left), other.reshape(cut).transpose(to_right))
     total: Float64 = product.sum(axis=1, dtype=np.float64)
     return total
 

@@ -8,8 +8,8 @@ sweep adds less than 1 % to them. A last sweep projects, A ≈ (A·basis)·basis
 the factors.
 
 How good it is: the energy captured is within 1 % of that of the best approximation of the same rank, on
-spectra that decay, on those of trimmed and sign-masked products, and on white noise (tested on all three). The
-energy reported is exact: it is that of the approximation returned, against the true ‖A‖_F².
+spectra that decay, on those of trimmed and sign-masked products, and on white noise (tested on all three).
+The energy reported is exact: it is that of the approximation returned, against the true ‖A‖_F².
 
 Musco, Musco: "Randomized block Krylov methods for stronger and faster approximate singular value
 decomposition", NeurIPS 2015; Halko, Martinsson, Tropp: "Finding structure with randomness", SIAM Review 2011.

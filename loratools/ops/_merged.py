@@ -33,7 +33,9 @@ def extras(
     """
     allowed = set(drop)
     if allowed - {"extras"}:
-        raise OptionError(f"nothing called {sorted(allowed - {'extras'})[0]!r} can be dropped", candidates=["extras"])
+        raise OptionError(
+            f"nothing called {sorted(allowed - {'extras'})[0]!r} can be dropped", candidates=["extras"]
+        )
     every = {key: ref for adapter in adapters for key, ref in adapter.extras.items()}
     if "extras" in allowed:
         return {}, tuple(every)

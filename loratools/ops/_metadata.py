@@ -95,7 +95,9 @@ def tag_folders(metadata: Mapping[str, str]) -> dict[str, dict[str, int]]:
     folders: dict[str, dict[str, int]] = {}
     for folder, tags in stated.items() if isinstance(stated, dict) else ():
         if isinstance(tags, dict):
-            folders[folder] = {str(tag).strip(): count for tag, count in tags.items() if isinstance(count, int)}
+            folders[folder] = {
+                str(tag).strip(): count for tag, count in tags.items() if isinstance(count, int)
+            }
     return folders
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from loratools import formats, io
 from loratools.errors import LayoutError, MalformedFileError, MissingFileError, OptionError
@@ -59,7 +59,6 @@ def read(path: PathLike, *, arch: str | None = None) -> Adapter:
         metadata=opened.metadata,
         config=config,
         container=opened.container,
-        objects=opened.objects,
         sequence=listed and len(keys) > 1,
         arch=arch,
         path=str(file),
@@ -144,7 +143,7 @@ def save(
     prepared = prepare(adapter, layout=layout, dtype=dtype, drop=drop)
     form = formats.get(prepared.layout.name) if layout is None else formats.get(layout)
     document = formats.document(prepared, _layout(adapter, form), form)
-    order = "given" if document.ordered else "canonical"
+    order: Literal["given", "canonical"] = "given" if document.ordered else "canonical"
     target = Path(path)
     if not form.folder:
         _refuse_suffix(target)
@@ -153,7 +152,7 @@ def save(
             document.tensors,
             document.metadata,
             overwrite=overwrite,
-            order="given" if order == "given" else "canonical",
+            order=order,
             progress=progress,
         )
     if target.suffix in SUFFIXES:
@@ -228,5 +227,7 @@ def _layout(adapter: Adapter, form: formats.Format) -> Layout:
 def _refuse_suffix(target: Path) -> None:
     if target.suffix in (".ckpt", ".pt", ".pth", ".bin", ".npz", ".gguf"):
         raise LayoutError(
-            f"a {target.suffix} file is not written", path=target, todo="Give a name that ends in .safetensors"
+            f"a {target.suffix} file is not written",
+            path=target,
+            todo="Give a name that ends in .safetensors",
         )

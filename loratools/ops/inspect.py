@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def describe(adapter: Adapter, *, path: str = "", size: int = 0, norms: bool = T
         arch=adapter.arch,
         arch_title=known.title if known is not None else "",
         kinds=adapter.kinds,
-        components={name: _component(members, spectra, adapter) for name, members in groups.items()},
+        components={name: _component(members) for name, members in groups.items()},
         modules=modules,
         tensors=len(refs),
         dtypes=dict(Counter(ref.dtype for ref in refs)),
@@ -163,7 +163,7 @@ def _module(module: Module, sigma: Any) -> ModuleInfo:
     )
 
 
-def _component(members: Sequence[ModuleInfo], spectra: Mapping[int, Any], adapter: Adapter) -> ComponentInfo:
+def _component(members: Sequence[ModuleInfo]) -> ComponentInfo:
     ranks = Counter(module.rank for module in members if module.rank is not None)
     counted = dict(sorted(ranks.items()))
     measured = [module for module in members if module.norm is not None]
@@ -193,7 +193,8 @@ def _energy(modules: Sequence[ModuleInfo]) -> dict[int, float]:
     if not total:
         return {}
     return {
-        rank: sum((module.norm or 0.0) ** 2 * (module.energy or {}).get(rank, 1.0) for module in modules) / total
+        rank: sum((module.norm or 0.0) ** 2 * (module.energy or {}).get(rank, 1.0) for module in modules)
+        / total
         for rank in ranks
     }
 

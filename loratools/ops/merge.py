@@ -150,9 +150,9 @@ def merge_files(
         form = formats.get(merged.layout.name)
         document = formats.document(merged, merged.layout, form)
         size = sum(ref.nbytes for ref in document.tensors)
-        return replace(report, output=os.fspath(output), bytes=size)
+        return report._replace(output=os.fspath(output), bytes=size)
     written = files.save(merged, output, overwrite=overwrite)
-    return replace(report, output=os.fspath(output), bytes=written)
+    return report._replace(output=os.fspath(output), bytes=written)
 
 
 def _refuse_output(output: Path, overwrite: bool) -> None:
@@ -160,7 +160,9 @@ def _refuse_output(output: Path, overwrite: bool) -> None:
     if output.exists() and not overwrite and not (output.is_dir() and not any(output.iterdir())):
         from loratools.errors import OutputExistsError
 
-        raise OutputExistsError("the output exists already", path=output, todo="Pass --overwrite to replace it")
+        raise OutputExistsError(
+            "the output exists already", path=output, todo="Pass --overwrite to replace it"
+        )
 
 
 def _request(
@@ -179,7 +181,8 @@ def _request(
     given = tuple(float(weight) for weight in weights) if weights is not None else (1.0,) * len(adapters)
     if len(given) != len(adapters):
         raise OptionError(
-            f"{len(given)} weights for {len(adapters)} inputs", expected="One weight for each input was expected"
+            f"{len(given)} weights for {len(adapters)} inputs",
+            expected="One weight for each input was expected",
         )
     bad = [str(weight) for weight in given if weight != weight or abs(weight) == float("inf")]
     if bad:
@@ -253,9 +256,7 @@ def _refuse(request: Request, targets: Mapping[Target, Sequence[Contribution]]) 
     """Everything that cannot be merged, named at once, before any work is done."""
     if not targets:
         raise OptionError("the inputs have no modules")
-    modules = [
-        (adapter, module) for adapter in request.adapters for module in adapter.modules.values()
-    ]
+    modules = [(adapter, module) for adapter in request.adapters for module in adapter.modules.values()]
     other = [
         (adapter, module)
         for adapter, module in modules
@@ -314,20 +315,21 @@ def _combine(
     request: Request, target: Target, contributions: Sequence[Contribution]
 ) -> tuple[Module, float | None, float]:
     """The merged module, the energy retained, and ‖ΔW‖² of the result."""
-    active = [each for each in contributions if request.weights[each.source] != 0.0] or list(contributions[:1])
+    active = [each for each in contributions if request.weights[each.source] != 0.0] or list(
+        contributions[:1]
+    )
     if len(active) == 1 and _carries(request, active[0]):
         module = active[0].module
         return _renamed(module, request, target), None, _energy_of(_factors(active[0], request.device))
-    parts = [
-        methods.Part(_factors(each, request.device), request.weights[each.source]) for each in active
-    ]
+    parts = [methods.Part(_factors(each, request.device), request.weights[each.source]) for each in active]
     try:
         outcome = request.method.combine(parts, request.options)
     except LoraError:
         raise
     except (RuntimeError, ValueError) as error:
         raise NonFiniteError(
-            f"{target}: {request.method.name} failed: {error}", todo="Look at the inputs with `loratools info`"
+            f"{target}: {request.method.name} failed: {error}",
+            todo="Look at the inputs with `loratools info`",
         ) from error
     module = _module(request, target, active, outcome.factors)
     return module, outcome.energy, _energy_of(outcome.factors)
@@ -364,9 +366,7 @@ def _energy_of(factors: Factors) -> float:
     return max(0.0, float(gram.sum()))
 
 
-def _module(
-    request: Request, target: Target, active: Sequence[Contribution], factors: Factors
-) -> Module:
+def _module(request: Request, target: Target, active: Sequence[Contribution], factors: Factors) -> Module:
     first = active[0].module
     dtype = request.dtype or _store_dtype([each.module for each in active])
     shape = (factors.up.shape[0], *(first.shape or ())[1:])

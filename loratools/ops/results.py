@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from loratools.model import EMPTY
 
 
 class ModuleInfo(NamedTuple):
@@ -69,8 +70,7 @@ class ComponentInfo(NamedTuple):
     energy: Mapping[int, float] | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Info:
+class Info(NamedTuple):
     """What a file is.
 
     Attributes:
@@ -102,14 +102,14 @@ class Info:
     container: str = ""
     arch: str = "unknown"
     arch_title: str = ""
-    kinds: Mapping[str, int] = field(default_factory=dict)
-    components: Mapping[str, ComponentInfo] = field(default_factory=dict)
+    kinds: Mapping[str, int] = EMPTY
+    components: Mapping[str, ComponentInfo] = EMPTY
     modules: tuple[ModuleInfo, ...] = ()
     tensors: int = 0
-    dtypes: Mapping[str, int] = field(default_factory=dict)
+    dtypes: Mapping[str, int] = EMPTY
     unclaimed: tuple[str, ...] = ()
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, str] = EMPTY
+    training: Mapping[str, Any] = EMPTY
     warnings: tuple[str, ...] = ()
     error: str | None = None
 
@@ -132,8 +132,7 @@ class MergedModule(NamedTuple):
     energy: float | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class MergeReport:
+class MergeReport(NamedTuple):
     """What a merge did.
 
     Attributes:

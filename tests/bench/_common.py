@@ -27,7 +27,14 @@ def shapes() -> Iterator[tuple[str, tuple[int, int]]]:
             yield f"lora_unet_{block}_{name}", (width, width)
         for layer in range(depth):
             stem = f"lora_unet_{block}_transformer_blocks_{layer}"
-            for name in ("attn1_to_q", "attn1_to_k", "attn1_to_v", "attn1_to_out_0", "attn2_to_q", "attn2_to_out_0"):
+            for name in (
+                "attn1_to_q",
+                "attn1_to_k",
+                "attn1_to_v",
+                "attn1_to_out_0",
+                "attn2_to_q",
+                "attn2_to_out_0",
+            ):
                 yield f"{stem}_{name}", (width, width)
             for name in ("attn2_to_k", "attn2_to_v"):
                 yield f"{stem}_{name}", (width, TEXT)

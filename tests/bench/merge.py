@@ -43,7 +43,18 @@ def main() -> None:
 
 
 def _measured(arguments: list[str]) -> tuple[float, float]:
-    command = [PYTHON, "-m", "loratools", "merge", *arguments, "--rank", str(RANK), "--dtype", "float32", "--quiet"]
+    command = [
+        PYTHON,
+        "-m",
+        "loratools",
+        "merge",
+        *arguments,
+        "--rank",
+        str(RANK),
+        "--dtype",
+        "float32",
+        "--quiet",
+    ]
     start = time.perf_counter()
     subprocess.run(command, check=True)
     seconds = time.perf_counter() - start

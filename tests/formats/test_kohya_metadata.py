@@ -29,7 +29,7 @@ def test_the_model_hash_is_that_of_the_payload(tmp_path: Path) -> None:
     assert metadata["sshs_model_hash"] == hashlib.sha256(payload).hexdigest()
 
 
-@pytest.mark.parametrize("rank", [4, 64])
+@pytest.mark.parametrize("rank", [4, 320])
 def test_both_hashes_are_those_of_the_reference_serialisation(rank: int, tmp_path: Path) -> None:
     """sd-scripts hashes what the safetensors package serialises with the ``ss_`` metadata alone."""
     made = make.kohya(
@@ -39,7 +39,7 @@ def test_both_hashes_are_those_of_the_reference_serialisation(rank: int, tmp_pat
         metadata={"ss_seed": "7", "modelspec.title": "Ä", "ss_output_name": "x", "other": "y"},
     )
     metadata, _ = written(lt.load(made.path), tmp_path / "b.safetensors", dtype="float16")
-    if rank == 64:
+    if rank == 320:
         assert (tmp_path / "b.safetensors").stat().st_size > 0x110000
     tensors = safetensors.torch.load_file(tmp_path / "b.safetensors")
     trained = {key: value for key, value in metadata.items() if key.startswith("ss_")}

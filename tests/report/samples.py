@@ -1,0 +1,110 @@
+"""Hand-made results for the report's tests."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from loratools.ops.results import ComponentInfo, Info, MergedModule, MergeReport, ModuleInfo
+from loratools.report.values import Symbols, symbols_for
+
+TARGET = "input_blocks.{}.1.transformer_blocks.0.attn2.to_out.0"
+
+
+def rendered(make, width: int, encoding: str = "utf-8") -> str:
+    """What a report prints on an output of this width and encoding."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="")
+    console = Console(file=stream, width=width, highlight=False, markup=False, emoji=False, color_system=None)
+    symbols: Symbols = symbols_for(console.encoding)
+    console.print(make(width, symbols))
+    stream.flush()
+    return stream.buffer.getvalue().decode(encoding)
+
+
+def module(number: int, **changes) -> ModuleInfo:
+    given = {
+        "target": TARGET.format(number),
+        "component": "denoiser",
+        "kind": "lora",
+        "shape": (1280, 2048),
+        "rank": 4 + number,
+        "alpha": 8.0,
+        "scale": 0.5,
+        "dtype": "F16",
+        "norm": 12345.6789,
+        "spectral_norm": 0.00001234,
+        "stable_rank": 3.25,
+        "effective_rank": 5.5,
+        "energy": {1: 0.5, 2: 0.75},
+    }
+    return ModuleInfo(**(given | changes))
+
+
+def component(**changes) -> ComponentInfo:
+    given = {
+        "modules": 722,
+        "ranks": {4: 100, 8: 500, 16: 60, 32: 62},
+        "norm": 12345.6789,
+        "spectral_norm": 0.00001234,
+        "stable_rank": 3.25,
+        "effective_rank": 5.5,
+        "energy": {1: 0.31, 2: 0.5, 4: 0.75, 8: 0.9997, 16: 1.0},
+    }
+    return ComponentInfo(**(given | changes))
+
+
+def info(**changes) -> Info:
+    given = {
+        "path": "loras/a rather long name of an adapter that somebody trained at night-v2.safetensors",
+        "bytes": 170_543_210,
+        "type": "adapter",
+        "layout": "kohya",
+        "variant": "malformed",
+        "container": "safetensors",
+        "arch": "sdxl",
+        "arch_title": "Stable Diffusion XL",
+        "kinds": {"lora": 700, "lokr": 22},
+        "components": {"denoiser": component(), "text_encoder_2": component(modules=72, ranks={4: 72})},
+        "modules": tuple(module(number) for number in range(30)),
+        "tensors": 2166,
+        "dtypes": {"F16": 2000, "F32": 166},
+        "unclaimed": tuple(f"text_model.embeddings.token_embedding.{number}" for number in range(7)),
+        "metadata": {"ss_steps": "1000"},
+        "training": {
+            "base model": "sd_xl_base_1.0",
+            "model hash": "150ef207aad0" * 5,
+            "comment": "word " * 100,
+            "tags": {f"tag {number}": 99 - number for number in range(20)},
+        },
+        "warnings": ("the metadata says rank 16 (ss_network_dim), the modules have rank 4, 8, 16, 32",),
+    }
+    return Info(**(given | changes))
+
+
+def merge_report(**changes) -> MergeReport:
+    given = {
+        "method": "ties",
+        "options": {"rank": None, "density": 0.3, "lambda": 1.0},
+        "inputs": (
+            {"path": "loras/style.safetensors", "weight": 0.8, "layout": "kohya", "arch": "sdxl", "modules": 794,
+             "sha256": "ab" * 32},
+            {"path": "loras/character/adapter_model.safetensors", "weight": -0.5, "layout": "peft", "arch": "sdxl",
+             "modules": 560, "sha256": ""},
+        ),
+        "modules": (
+            MergedModule("a", "denoiser", (0, 1), 8, 0.9997),
+            MergedModule("b", "denoiser", (0,), 4),
+            MergedModule("c", "text_encoder", (0, 1), 16, 0.5),
+        ),
+        "energy": 0.9997,
+        "layout": "kohya",
+        "arch": "sdxl",
+        "dtypes": {"F16": 9},
+        "ranks": {4: 1, 8: 1, 16: 1},
+        "carried": ("<token>",),
+        "notes": ("alpha is stale",),
+        "output": "out.safetensors",
+        "bytes": 1_234_567,
+    }
+    return MergeReport(**(given | changes))
