@@ -268,7 +268,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], 
     data = Path(path).read_bytes()
     size = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + size])
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}
     payload = data[8 + size :]
     found = {
         name: (row["dtype"], tuple(row["shape"]), payload[slice(*row["data_offsets"])]) for name, row in header.items()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def _equal(one: TensorRef, other: TensorRef) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and one.raw() == other.raw()
 
 
-def metadata(adapters: Sequence[Adapter], weights: Sequence[float], method: str) -> dict[str, str]:
+def metadata(adapters: Sequence[Adapter], method: str, inputs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """String metadata: what all inputs agree on, tags united, and a record of what was merged."""
     first = adapters[0].metadata
     agreed = {
@@ -80,7 +81,7 @@ def metadata(adapters: Sequence[Adapter], weights: Sequence[float], method: str)
     tags = _united_tags(adapters)
     if tags:
         agreed["ss_tag_frequency"] = json.dumps(tags)
-    record = {"version": __version__, "method": method, "inputs": list(_recorded(adapters, weights))}
+    record = {"version": __version__, "method": method, "inputs": [_recorded(each) for each in inputs]}
     agreed[RECORD] = json.dumps(record)
     return agreed
 
@@ -96,37 +97,47 @@ def _united_tags(adapters: Sequence[Adapter]) -> dict[str, dict[str, int]]:
     return united
 
 
-def _recorded(adapters: Sequence[Adapter], weights: Sequence[float]) -> Iterator[dict[str, Any]]:
-    for each in inputs(adapters, weights):
-        # The full path says more of somebody's disk than a shared file should.
-        name = Path(each["path"])
-        shown = f"{name.parent.name}/{name.name}" if name.name.startswith("adapter") else name.name
-        yield {"name": shown, "weight": each["weight"], "sha256": each["sha256"]}
+def _recorded(described: Mapping[str, Any]) -> dict[str, Any]:
+    # The full path says more of somebody's disk than a shared file should.
+    name = Path(described["path"])
+    shown = f"{name.parent.name}/{name.name}" if name.name.startswith("adapter") else name.name
+    return {"name": shown, "weight": described["weight"], "sha256": described["sha256"]}
 
 
-def inputs(adapters: Sequence[Adapter], weights: Sequence[float]) -> Iterator[dict[str, Any]]:
-    """One description per input."""
-    for adapter, weight in zip(adapters, weights, strict=True):
-        yield {
-            "path": adapter.path,
-            "weight": weight,
-            "layout": adapter.layout.name,
-            "arch": adapter.arch,
-            "modules": len(adapter.modules),
-            "sha256": _sha256(adapter.path),
-        }
+class Inputs:
+    """The inputs' descriptions; their files are hashed on another thread while the merge is computed."""
+
+    def __init__(self, adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
+        self._adapters = adapters
+        self._weights = weights
+        self._pool = ThreadPoolExecutor(1)
+        self._hashes = [self._pool.submit(_sha256, adapter.path) for adapter in adapters]
+
+    def __enter__(self) -> Inputs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def described(self) -> list[dict[str, Any]]:
+        """One mapping per input: path, weight, layout, arch, modules, sha256 (empty where it came from no file)."""
+        return [
+            {
+                "path": adapter.path,
+                "weight": weight,
+                "layout": adapter.layout.name,
+                "arch": adapter.arch,
+                "modules": len(adapter.modules),
+                "sha256": found.result(),
+            }
+            for adapter, weight, found in zip(self._adapters, self._weights, self._hashes, strict=True)
+        ]
 
 
 def _sha256(path: str) -> str:
-    """SHA-256 of a file; empty where the adapter came from no file."""
+    whole = hashlib.sha256()
     if not path or not os.path.isfile(path):
         return ""
-    stamp = os.stat(path)
-    return _digest(path, stamp.st_mtime_ns, stamp.st_size)
-
-
-def _digest(path: str, _stamp: int, _size: int) -> str:
-    whole = hashlib.sha256()
     with open(path, "rb") as stream:
         while chunk := stream.read(_CHUNK):
             whole.update(chunk)

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from loratools.ops.results import ComponentInfo, Info, ModuleInfo
 from loratools.report import values
-from loratools.report.tables import Column, table
+from loratools.report.tables import Column, folded, table
 from loratools.report.values import Symbols, clean
 
 TYPES = {
@@ -81,10 +81,8 @@ def kinds_text(info: Info, symbols: Symbols) -> str:
 
 def _head(info: Info, width: int, symbols: Symbols) -> RenderableType:
     facts = Text(packed(list(_facts(info, symbols)), width - _FRAME, f" {symbols.dot} "))
-    title = Text(clean(PurePath(info.path).name or info.path), style="bold", overflow="fold")
-    return Panel(
-        Group(_what(info, symbols), facts), title=title, title_align="left", padding=(0, 1), expand=False
-    )
+    name = Text(folded(clean(PurePath(info.path).name or info.path), width - _FRAME), style="bold")
+    return Panel(Group(name, _what(info, symbols), facts), padding=(0, 1), expand=False)
 
 
 def packed(parts: Sequence[str], width: int, separator: str) -> str:

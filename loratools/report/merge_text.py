@@ -86,7 +86,9 @@ def _facts(report: MergeReport, symbols: Symbols, dry_run: bool) -> Iterator[tup
 def _shares(report: MergeReport) -> str:
     """How many modules the inputs share: ``190 of them in all inputs``."""
     everywhere = sum(len(module.inputs) == len(report.inputs) for module in report.modules)
-    return "each in all inputs" if everywhere == len(report.modules) else f"{everywhere:,} of them in all inputs"
+    return (
+        "each in all inputs" if everywhere == len(report.modules) else f"{everywhere:,} of them in all inputs"
+    )
 
 
 def _keys(keys: Sequence[str]) -> str:

@@ -102,10 +102,10 @@ def folded(name: str, width: int) -> str:
         stop = _cut(name, width)
         # A separator near the start would leave a line almost empty.
         joints = (max(name.rfind(char, 0, stop) for char in chars) + 1 for chars in _JOINTS)
-        stop = next((joint for joint in joints if joint > stop // 2), stop)
+        stop = next((joint for joint in joints if joint > stop // 3), stop)
         lines.append(name[:stop].rstrip())
         name = name[stop:]
-    return "\n".join([*lines, name])
+    return "\n".join([*lines, name] if name else lines)
 
 
 def _cut(name: str, width: int) -> int:

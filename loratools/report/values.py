@@ -61,14 +61,11 @@ def size(count: int) -> str:
 
 
 def number(value: float | None) -> str:
-    """Four significant digits; nothing where there is no value."""
+    """Four significant digits, three with an exponent; nothing where there is no value."""
     if value is None:
         return ""
-    return (
-        f"{value:.4g}"
-        if 1e-3 <= abs(value) < 1e5 or value == 0 or not math.isfinite(value)
-        else f"{value:.2e}"
-    )
+    plain = value == 0 or not math.isfinite(value) or 1e-3 <= abs(value) < 1e4
+    return f"{value:.4g}" if plain else f"{value:.2e}"
 
 
 def percentage(fraction: float | None) -> str:
@@ -110,7 +107,7 @@ def ranks(found: Mapping[int, int], symbols: Symbols) -> str:
 
 
 def histogram(found: Mapping[int, int], symbols: Symbols) -> str:
-    """One bar per rank, or per equal step of ranks where they are many; an absent rank leaves a gap."""
+    """One bar per rank, or where they are many one per equal step of ranks, with gaps where there are none."""
     if not found:
         return ""
     bars = _heights(_binned(sorted(found.items())), symbols.bars)

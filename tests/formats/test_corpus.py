@@ -169,7 +169,8 @@ def test_every_adapter_is_written_back_byte_for_byte(row: dict[str, str], tmp_pa
 @pytest.mark.parametrize("row", [row for row in ADAPTERS if row["layout"] != "lycoris-lokr"], ids=ids)
 def test_every_lora_has_a_finite_delta_of_the_bases_shape(row: dict[str, str]) -> None:
     for module in list(read(row["path"]).modules.values())[:3]:
-        if module.kind == "lora":
+        small = module.shape is not None and module.shape[0] * module.shape[1] < 4_000_000
+        if module.kind == "lora" and small:
             delta = module.delta()
             assert tuple(delta.shape) == module.shape
             assert bool(delta.isfinite().all())

@@ -87,10 +87,22 @@ def merge_report(**changes) -> MergeReport:
         "method": "ties",
         "options": {"rank": None, "density": 0.3, "lambda": 1.0},
         "inputs": (
-            {"path": "loras/style.safetensors", "weight": 0.8, "layout": "kohya", "arch": "sdxl", "modules": 794,
-             "sha256": "ab" * 32},
-            {"path": "loras/character/adapter_model.safetensors", "weight": -0.5, "layout": "peft", "arch": "sdxl",
-             "modules": 560, "sha256": ""},
+            {
+                "path": "loras/style.safetensors",
+                "weight": 0.8,
+                "layout": "kohya",
+                "arch": "sdxl",
+                "modules": 794,
+                "sha256": "ab" * 32,
+            },
+            {
+                "path": "loras/character/adapter_model.safetensors",
+                "weight": -0.5,
+                "layout": "peft",
+                "arch": "sdxl",
+                "modules": 560,
+                "sha256": "",
+            },
         ),
         "modules": (
             MergedModule("a", "denoiser", (0, 1), 8, 0.9997),

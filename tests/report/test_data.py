@@ -4,10 +4,35 @@ import math
 from loratools.report import data
 from tests.report.samples import component, info, merge_report, module
 
-CONTRACT = {"path", "bytes", "type", "layout", "arch", "kinds", "components", "modules", "tensors", "unclaimed",
-            "metadata", "warnings", "error"}
-MODULE_CONTRACT = {"target", "component", "kind", "shape", "rank", "alpha", "scale", "norm", "spectral_norm",
-                   "stable_rank", "dtype", "dora"}
+CONTRACT = {
+    "path",
+    "bytes",
+    "type",
+    "layout",
+    "arch",
+    "kinds",
+    "components",
+    "modules",
+    "tensors",
+    "unclaimed",
+    "metadata",
+    "warnings",
+    "error",
+}
+MODULE_CONTRACT = {
+    "target",
+    "component",
+    "kind",
+    "shape",
+    "rank",
+    "alpha",
+    "scale",
+    "norm",
+    "spectral_norm",
+    "stable_rank",
+    "dtype",
+    "dora",
+}
 
 
 def strictly(text):
@@ -48,7 +73,11 @@ def test_any_text_is_written_in_ascii_and_comes_back():
 
 
 def test_values_that_json_lacks_are_written_as_text():
-    assert data.strict({"bytes": b"x", 3: {1.5}, "flag": True}) == {"bytes": "b'x'", "3": "{1.5}", "flag": True}
+    assert data.strict({"bytes": b"x", 3: {1.5}, "flag": True}) == {
+        "bytes": "b'x'",
+        "3": "{1.5}",
+        "flag": True,
+    }
 
 
 def test_a_merge():
@@ -58,5 +87,9 @@ def test_a_merge():
     assert found["ranks"] == {"4": 1, "8": 1, "16": 1}
     assert found["inputs"][1]["weight"] == -0.5
     assert found["modules"][0] == {
-        "target": "a", "component": "denoiser", "inputs": [0, 1], "rank": 8, "energy": 0.9997,
+        "target": "a",
+        "component": "denoiser",
+        "inputs": [0, 1],
+        "rank": 8,
+        "energy": 0.9997,
     }

@@ -34,7 +34,7 @@ def test_columns_go_by_priority_and_are_named():
     [
         ("short", 10, ["short"]),
         ("folder/file.safetensors", 12, ["folder/", "file.", "safetensors"]),
-        ("blocks.0.attn2.to_out.0", 12, ["blocks.0.", "attn2.to_", "out.0"]),
+        ("blocks.0.attn2.to_out.0", 12, ["blocks.0.", "attn2.", "to_out.0"]),
         ("x" * 10, 4, ["xxxx", "xxxx", "xx"]),
         ("日本語の名前", 5, ["日本", "語の", "名前"]),
     ],

@@ -26,7 +26,14 @@ def test_a_percentage_is_rounded_down(fraction, shown):
 
 @pytest.mark.parametrize(
     ("count", "shown"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (999_949, "999.9 kB"), (999_950, "1.0 MB"), (170_543_210, "170.5 MB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (999_949, "999.9 kB"),
+        (999_950, "1.0 MB"),
+        (170_543_210, "170.5 MB"),
+    ],
 )
 def test_sizes_are_decimal(count, shown):
     assert values.size(count) == shown
@@ -34,8 +41,17 @@ def test_sizes_are_decimal(count, shown):
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(None, ""), (0.0, "0"), (1.0, "1"), (0.43281, "0.4328"), (25.6399, "25.64"), (12345.6, "1.23e+04"),
-     (1.234e-5, "1.23e-05"), (math.nan, "nan"), (math.inf, "inf")],
+    [
+        (None, ""),
+        (0.0, "0"),
+        (1.0, "1"),
+        (0.43281, "0.4328"),
+        (25.6399, "25.64"),
+        (12345.6, "1.23e+04"),
+        (1.234e-5, "1.23e-05"),
+        (math.nan, "nan"),
+        (math.inf, "inf"),
+    ],
 )
 def test_numbers_have_four_digits_at_most(value, shown):
     assert values.number(value) == shown
@@ -73,7 +89,8 @@ def test_a_histogram_of_many_ranks_is_binned_and_keeps_gaps():
 
 
 @pytest.mark.parametrize(
-    ("encoding", "symbols"), [("utf-8", UNICODE), ("ascii", ASCII), ("latin-1", ASCII), (None, ASCII), ("none", ASCII)]
+    ("encoding", "symbols"),
+    [("utf-8", UNICODE), ("ascii", ASCII), ("latin-1", ASCII), (None, ASCII), ("none", ASCII)],
 )
 def test_symbols_that_the_encoding_can_show(encoding, symbols):
     assert values.symbols_for(encoding) is symbols

@@ -1,0 +1,74 @@
+"""Independent tasks on the threads of this machine.
+
+Each task runs its linear algebra on one thread, and several tasks run side by side: the matrices of one module are too
+small to be shared out well, and results do not depend on how many threads there are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from typing import TypeVar
+
+import torch
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+_AHEAD = 4
+
+
+def default_threads() -> int:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
+def run(
+    work: Callable[[Task], Result], tasks: Iterable[Task], *, threads: int | None = None
+) -> Iterator[Result]:
+    """``work`` of every task, in the order of the tasks.
+
+    No more than a few tasks per thread are taken ahead of the results that have been asked for, so that memory stays
+    bounded. An exception of a task is raised in its place, and tasks that have not begun are dropped.
+
+    Args:
+        work: Called on another thread.
+        tasks: Taken from the caller's thread.
+        threads: A count; default: one per processor.
+    """
+    count = threads or default_threads()
+    waiting: deque[Future[Result]] = deque()
+    queue = iter(tasks)
+    with _single_threaded_algebra(), ThreadPoolExecutor(count, initializer=_one_thread) as pool:
+        try:
+            for task in islice(queue, count * _AHEAD):
+                waiting.append(pool.submit(work, task))
+            while waiting:
+                result = waiting.popleft().result()
+                for task in islice(queue, 1):
+                    waiting.append(pool.submit(work, task))
+                yield result
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@contextmanager
+def _single_threaded_algebra() -> Iterator[None]:
+    """Leave torch's setting as it was: some of it is the whole process's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

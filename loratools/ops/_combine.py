@@ -1,0 +1,186 @@
+"""One target of a merge: its contributions as factors, the method applied, the result as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from loratools import methods
+from loratools.errors import NonFiniteError
+from loratools.kinds import lora
+from loratools.maths.lowrank import Factors, stack
+from loratools.model import Module, Target
+from loratools.ops._request import Request
+from loratools.ops.align import Contribution
+from loratools.tensors import DTYPES, TensorRef, from_torch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Combined:
+    """What became of one target.
+
+    Attributes:
+        module: The merged module; None where ``nonfinite`` says why not.
+        sources: Positions of the inputs that contributed.
+        energy: The fraction retained of Σσ² of the method's own full-rank result; None where a module was carried.
+        size: ‖ΔW‖_F² of the result.
+        nonfinite: Keys of factors that hold NaN or Inf.
+        note: What the caller should know, or empty.
+    """
+
+    module: Module | None
+    sources: tuple[int, ...]
+    energy: float | None = None
+    size: float = 0.0
+    nonfinite: tuple[str, ...] = ()
+    note: str = ""
+
+
+def combine(asked: Request, target: Target, contributions: Sequence[Contribution]) -> Combined:
+    """Merge one target.
+
+    Raises:
+        NonFiniteError: The result does not fit the store dtype.
+        LoraError: The method refuses.
+    """
+    sources = tuple(sorted({each.source for each in contributions}))
+    active = [each for each in contributions if asked.weights[each.source] != 0.0] or contributions[:1]
+    factors = [_factors(each, asked.device) for each in active]
+    bad = tuple(
+        name for each, pair in zip(active, factors, strict=True) for name in _nonfinite(each.module, pair)
+    )
+    if bad and not asked.allow_nonfinite:
+        return Combined(None, sources, nonfinite=bad)
+    if len(active) == 1 and _carries(asked, active[0]):
+        return Combined(_carried(active[0].module, asked, target), sources, size=_energy_of(factors[0]))
+    weights = [asked.weights[each.source] for each in active]
+    if bad:
+        # Nothing can be decomposed that holds NaN: side by side, the factors keep it where it was.
+        merged = stack(factors, weights)
+        return Combined(
+            _module(asked, target, active, merged), sources, note=f"{target} holds NaN or Inf and was stacked"
+        )
+    parts = [methods.Part(*pair) for pair in zip(factors, weights, strict=True)]
+    outcome = asked.method.combine(parts, asked.options)
+    module = _module(asked, target, active, outcome.factors)
+    return Combined(module, sources, outcome.energy, _energy_of(outcome.factors))
+
+
+def _factors(each: Contribution, device: str) -> Factors:
+    """ΔW of a contribution, its scale in up, where the target has its rows."""
+    up, down = lora.matrices(each.module)
+    return Factors((each.place(up) * each.module.scale).to(device), down.to(device))
+
+
+def _nonfinite(module: Module, factors: Factors) -> list[str]:
+    # A sum is NaN or Inf if any term is; only then is each tensor looked at.
+    sums = factors.up.sum() + factors.down.sum()
+    biases = [module.factors[role] for role in ("up_bias", "diff_b") if role in module.factors]
+    if bool(torch.isfinite(sums)) and not biases:
+        return []
+    found = [ref.name for ref in module.factors.values() if not torch.isfinite(ref.load().float()).all()]
+    return found or ([] if bool(torch.isfinite(sums)) else [f"alpha of {module.target}"])
+
+
+def _carries(asked: Request, each: Contribution) -> bool:
+    """Whether a module goes over as it is: alone, whole, at weight 1, and nothing asks for a change."""
+    same = each.whole and asked.weights[each.source] == 1.0
+    return same and asked.method.lossless and asked.options.rank is None and asked.dtype is None
+
+
+def _carried(module: Module, asked: Request, target: Target) -> Module:
+    """A module that goes over as it is; keys of another layout are forgotten."""
+    owner = next(adapter for adapter in asked.adapters if adapter.modules.get(target) is module)
+    if owner.layout[:2] == asked.layout[:2]:
+        return module
+    factors = {role: _settled(ref).renamed("") for role, ref in module.factors.items()}
+    return replace(module, factors=factors, alpha_tensor=None)
+
+
+def _settled(ref: TensorRef) -> TensorRef:
+    """A tensor that lies as its shape says."""
+    return from_torch(ref.name, ref.load().contiguous()) if ref.transposed else ref
+
+
+def _energy_of(factors: Factors) -> float:
+    gram = (factors.up.T @ factors.up) * (factors.down @ factors.down.T)
+    return max(0.0, float(gram.sum()))
+
+
+def _module(asked: Request, target: Target, active: Sequence[Contribution], factors: Factors) -> Module:
+    """Factors as a module of scale 1, in the store dtype."""
+    first = active[0].module
+    dtype = asked.dtype or _store_dtype([each.module for each in active])
+    shape = (factors.up.shape[0], *(first.shape or ())[1:])
+    up, down = factors.up, factors.down
+    if len(shape) > 2:
+        up = up.reshape(*up.shape, *(1 for _ in shape[2:]))
+        down = down.reshape(-1, *shape[1:])
+    stored = {"up": _store(up, dtype, target, asked), "down": _store(down, dtype, target, asked)}
+    for role in ("up_bias", "diff_b"):
+        bias = _bias(asked, active, role)
+        if bias is not None:
+            stored[role] = _store(bias, dtype, target, asked)
+    rank = factors.rank
+    return Module(
+        target=target,
+        kind="lora",
+        factors=stored,
+        alpha=float(rank),
+        rank=rank,
+        shape=shape,
+        op=first.op,
+        in_first=first.in_first,
+    )
+
+
+def _bias(asked: Request, active: Sequence[Contribution], role: str) -> torch.Tensor | None:
+    """What the inputs add to the layer's bias: PEFT's lora_bias with the scale, a full difference without."""
+    total: torch.Tensor | None = None
+    for each in active:
+        ref = each.module.factors.get(role)
+        if ref is not None:
+            scale = each.module.scale if role == "up_bias" else 1.0
+            bias = each.place(ref.load().to(torch.float64)) * scale * asked.weights[each.source]
+            total = bias if total is None else total + bias
+    return total
+
+
+def _store_dtype(modules: Sequence[Module]) -> str:
+    """The inputs' own dtype, or one that holds the values of all."""
+    found = {module.factors[role].dtype for module in modules for role in ("up", "down")}
+    if all(DTYPES[dtype].bits < 16 for dtype in found):
+        return "F16"
+    wide = {dtype for dtype in found if DTYPES[dtype].bits >= 16}
+    if len(wide) == 1:
+        return wide.pop()
+    return "F64" if "F64" in wide else "F32"
+
+
+def _store(tensor: torch.Tensor, dtype: str, target: Target, asked: Request) -> TensorRef:
+    after = tensor.to("cpu", getattr(torch, DTYPES[dtype].torch)).contiguous()
+    if not asked.allow_nonfinite and not torch.isfinite(after).all():
+        raise NonFiniteError(
+            f"{target}: merged values up to {tensor.abs().max().item():.3g} do not fit {dtype}",
+            todo="Choose --dtype float32 or bfloat16",
+        )
+    return from_torch("", after)
+
+
+def refuse_nonfinite(results: Sequence[Combined], paths: Sequence[str]) -> None:
+    """Name every factor that holds NaN or Inf.
+
+    Raises:
+        NonFiniteError: There is one.
+    """
+    bad = [(key, result) for result in results for key in result.nonfinite]
+    if bad:
+        where = paths[bad[0][1].sources[0]] if len(bad[0][1].sources) == 1 else ""
+        raise NonFiniteError(
+            f"{len(bad)} tensors hold NaN or Inf",
+            path=where or None,
+            keys=[key for key, _ in bad],
+            todo="Pass --allow-nonfinite to go on all the same",
+        )

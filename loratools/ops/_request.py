@@ -1,0 +1,184 @@
+"""What a merge was asked for, checked before any work is done."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loratools import formats, kinds, methods
+from loratools.errors import LayoutError, OptionError, UnsupportedKindError
+from loratools.model import Adapter, Layout, Module, Target
+from loratools.ops import align, files
+from loratools.ops.align import Contribution
+
+# Broken or superseded spellings are not written anew: their layout's present one is.
+_PRESENT = {("kohya", "malformed"): "", ("diffusers", "attn-procs"): "peft-keys", ("peft", "wrapped"): ""}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """Everything a merge was asked for.
+
+    Attributes:
+        adapters: The inputs.
+        weights: One per input.
+        method: The merge method.
+        options: Its options.
+        layout: The layout of the result.
+        arch: The inputs' common architecture.
+        dtype: Store dtype (a key of ``tensors.DTYPES``), or None to keep the inputs'.
+        device: Where to compute.
+        allow_nonfinite: Whether NaN and Inf in factors are let through.
+    """
+
+    adapters: tuple[Adapter, ...]
+    weights: tuple[float, ...]
+    method: methods.Method
+    options: methods.Options
+    layout: Layout
+    arch: str
+    dtype: str | None
+    device: str
+    allow_nonfinite: bool
+
+
+def request(
+    adapters: Sequence[Adapter],
+    *,
+    weights: Sequence[float] | None,
+    method: str,
+    rank: int | None,
+    layout: str | None,
+    dtype: str,
+    device: str,
+    allow_nonfinite: bool,
+    options: Mapping[str, Any],
+) -> Request:
+    """Check everything that does not need the tensors.
+
+    Raises:
+        OptionError: Options that contradict each other or the inputs.
+        ArchitectureError: The inputs are of different architectures.
+        LayoutError: The layout cannot be written.
+    """
+    if not adapters:
+        raise OptionError("there is nothing to merge", expected="At least one adapter was expected")
+    given = tuple(float(weight) for weight in weights) if weights is not None else (1.0,) * len(adapters)
+    if len(given) != len(adapters):
+        raise OptionError(
+            f"{len(given)} weights for {len(adapters)} inputs",
+            expected="One weight for each input was expected",
+        )
+    bad = [str(weight) for weight in given if not math.isfinite(weight)]
+    if bad:
+        raise OptionError("a weight is not a finite number", keys=bad)
+    if dtype != "keep" and dtype not in files.STORE_DTYPES:
+        raise OptionError(f"there is no store dtype {dtype!r}", candidates=[*files.STORE_DTYPES, "keep"])
+    chosen = _method(method)
+    return Request(
+        adapters=tuple(adapters),
+        weights=given,
+        method=chosen,
+        options=_options(chosen, rank, options),
+        layout=_layout(adapters[0], layout),
+        arch=align.common_arch(adapters),
+        dtype=None if dtype == "keep" else files.STORE_DTYPES[dtype],
+        device=_device(device, chosen),
+        allow_nonfinite=allow_nonfinite,
+    )
+
+
+def _method(name: str) -> methods.Method:
+    known = methods.methods()
+    if name not in known:
+        raise OptionError(
+            f"there is no merge method {name!r}",
+            candidates=difflib.get_close_matches(name, known),
+            expected=f"Known are {', '.join(known)}",
+        )
+    return known[name]
+
+
+def _options(method: methods.Method, rank: int | None, given: Mapping[str, Any]) -> methods.Options:
+    fields = {option.field: option.name for option in method.options}
+    asked = {**given, **({"rank": rank} if rank is not None else {})}
+    foreign = [name for name in asked if name not in fields]
+    if foreign == ["rank"]:
+        raise OptionError(
+            f"{method.name} keeps the summed rank and cannot be given one",
+            todo="Use linear with a rank for the same sum at a rank of your choice",
+        )
+    if foreign:
+        said = ", ".join(fields.values()) or "none"
+        raise OptionError(f"{method.name} has no option {foreign[0]!r}", expected=f"Its options: {said}")
+    options = methods.Options(**asked)
+    method.check(options)
+    return options
+
+
+def _layout(first: Adapter, name: str | None) -> Layout:
+    wanted = name or first.layout.name
+    form = formats.get(wanted) if wanted != "unknown" else None
+    if form is None or form.speller is None:
+        raise LayoutError(
+            f"the {form.title if form else 'unknown'} layout can be read but not written yet",
+            path=first.path or None,
+            expected=f"Layouts that can be written: {', '.join(formats.writable())}",
+            todo="Choose one of them with --to",
+        )
+    if wanted != first.layout.name:
+        return Layout(wanted, "peft-keys" if wanted == "diffusers" else "")
+    return Layout(wanted, _PRESENT.get((wanted, first.layout.variant), first.layout.variant))
+
+
+def _device(name: str, method: methods.Method) -> str:
+    if name != "auto":
+        with contextlib.suppress(RuntimeError, AssertionError):
+            torch.empty(0, device=name)
+            return name
+        raise OptionError(f"the device {name!r} cannot be used here", candidates=["auto", "cpu"])
+    # Lossless methods work on small matrices, which cost more to move than to compute with.
+    return "cuda" if not method.lossless and torch.cuda.is_available() else "cpu"
+
+
+def refuse(asked: Request, targets: Mapping[Target, Sequence[Contribution]]) -> None:
+    """Refuse modules that cannot be merged, all of them named at once.
+
+    Raises:
+        UnsupportedKindError: Modules of other kinds than LoRA, or DoRA.
+        OptionError: There are no modules.
+    """
+    if not targets:
+        raise OptionError("the inputs have no modules")
+    modules = [(adapter, module) for adapter in asked.adapters for module in adapter.modules.values()]
+    other = [(adapter, module) for adapter, module in modules if not _is_low_rank(module)]
+    if other:
+        titles = sorted({_title(module) for _, module in other})
+        raise UnsupportedKindError(
+            f"{len(other)} modules are {' and '.join(titles)}, which cannot be merged yet",
+            path=other[0][0].path or None,
+            keys=[str(module.target) for _, module in other],
+            expected="Only LoRA and LoCon modules can be merged",
+        )
+    doras = [(adapter, module) for adapter, module in modules if module.magnitude is not None]
+    if doras:
+        raise UnsupportedKindError(
+            f"{len(doras)} modules are DoRA: their ΔW depends on the base weights, which merging does not have",
+            path=doras[0][0].path or None,
+            keys=[str(module.target) for _, module in doras],
+            todo="Bake them into the base model one by one instead",
+        )
+
+
+def _is_low_rank(module: Module) -> bool:
+    return kinds.get(module.kind).low_rank and "diff" not in module.factors
+
+
+def _title(module: Module) -> str:
+    return kinds.get("full" if "diff" in module.factors else module.kind).title
