@@ -21,7 +21,11 @@ import torch
 import loratools as lt
 from loratools.model import Adapter
 
+# The matrices here are so small that handing them to several threads takes longer than multiplying them.
+torch.set_num_threads(1)
+
 _NAMES = {
+    torch.float8_e4m3fn: "F8_E4M3",
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
@@ -332,10 +336,10 @@ def foreign_factors(
         "lokr_full": {"lokr_w1": (2, 2), "lokr_w2": (out // 2, inner // 2)},
         "oft": {"oft_blocks": (2, out // 2, out // 2)},
         "glora": {
-            "a1.weight": (rank, inner),
-            "a2.weight": (inner, rank),
-            "b1.weight": (rank, inner),
-            "b2.weight": (out, rank),
+            "a1.weight": (inner, rank),
+            "a2.weight": (rank, inner),
+            "b1.weight": (out, rank),
+            "b2.weight": (rank, inner),
         },
         "ia3": {"weight": (out, 1)},
         "full": {"diff": shape},

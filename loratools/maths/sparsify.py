@@ -36,7 +36,7 @@ class Cut:
 
     def kept(self, start: int, tile: torch.Tensor) -> torch.Tensor:
         """Which elements of the tile that begins at row ``start`` are kept, as a mask of its shape."""
-        size = tile.abs()
+        size = tile.abs().contiguous()
         above: torch.Tensor = size > self.magnitude
         first = start * tile.shape[1]
         if first > self.last:
@@ -80,11 +80,14 @@ def magnitude_cut(sweep: Sweep, numel: int, density: float) -> Cut:
     count = kept_count(density, numel)
     if count == numel:
         return Cut(0.0, numel - 1)
-    bin_, needed, shift = 0, count, _width(sweep)
+    dtype = next(iter(sweep()))[1].dtype
+    bin_, needed, shift = 0, count, torch.finfo(dtype).bits - 1
     while shift > 0:
         step = min(_DIGIT, shift)
         shift -= step
         histogram = _histogram(sweep, bin_, shift, step)
+        if not bin_:
+            _check_finite(histogram, shift, dtype)
         digit, above = _digit_of(histogram, needed)
         bin_, needed = (bin_ << step) | digit, needed - above
         if int(histogram[digit]) <= _COLLECT:
@@ -92,20 +95,17 @@ def magnitude_cut(sweep: Sweep, numel: int, density: float) -> Cut:
     return _nth_equal(sweep, bin_, needed)
 
 
-def _width(sweep: Sweep) -> int:
-    """Bits of a magnitude: the dtype's without its sign.
+def _check_finite(histogram: torch.Tensor, shift: int, dtype: torch.dtype) -> None:
+    """Inf and NaN have the largest bit patterns, which the histogram of leading bits shows.
 
     Raises:
-        NonFiniteError: Some element is NaN or Inf.
+        NonFiniteError: There are some.
     """
-    dtype = torch.float64
-    for _, tile in sweep():
-        dtype = tile.dtype
-        if not bool(tile.isfinite().all()):
-            raise NonFiniteError(
-                "a matrix to be trimmed holds NaN or Inf", expected="Finite factors were expected"
-            )
-    return torch.finfo(dtype).bits - 1
+    infinity = int(torch.tensor(torch.inf, dtype=dtype).view(_INTEGERS[dtype])) >> shift
+    if histogram.numel() > infinity and bool(histogram[infinity:].any()):
+        raise NonFiniteError(
+            "a matrix to be trimmed holds NaN or Inf", expected="Finite factors were expected"
+        )
 
 
 def _patterns(sweep: Sweep) -> Iterator[tuple[int, torch.Tensor]]:
@@ -119,7 +119,7 @@ def _histogram(sweep: Sweep, bin_: int, shift: int, step: int) -> torch.Tensor:
     counts = torch.zeros(1 << step, dtype=torch.int64)
     for _, bits in _patterns(sweep):
         digits = bits >> shift
-        inside = digits[(digits >> step) == bin_] if bin_ else digits[digits < (1 << step)]
+        inside = digits[(digits >> step) == bin_]
         counts += torch.bincount(inside & ((1 << step) - 1), minlength=1 << step).cpu()
     return counts
 

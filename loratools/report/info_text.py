@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import PurePath
 from typing import Any
 
 from rich.cells import cell_len
@@ -33,7 +32,7 @@ TYPES = {
     "prompt-tuning": "a prompt-tuning adapter",
     "t2i-adapter": "a T2I-Adapter",
     "textual-inversion": "a textual inversion",
-    "unknown": "nothing that is known here",
+    "unknown": "something unknown",
     "upscaler": "an upscaler",
     "vae": "a VAE",
 }
@@ -60,7 +59,7 @@ def info_text(info: Info, *, width: int, symbols: Symbols, modules: bool = False
         parts += _components(info.components, width, symbols)
     if modules:
         parts += [_modules(name, members, width, symbols) for name, members in _by_component(info).items()]
-    if info.training:
+    if info.training or info.metadata:
         parts.append(_training(info, symbols))
     if info.unclaimed:
         parts.append(_unclaimed(info, symbols))
@@ -81,7 +80,7 @@ def kinds_text(info: Info, symbols: Symbols) -> str:
 
 def _head(info: Info, width: int, symbols: Symbols) -> RenderableType:
     facts = Text(packed(list(_facts(info, symbols)), width - _FRAME, f" {symbols.dot} "))
-    name = Text(folded(clean(PurePath(info.path).name or info.path), width - _FRAME), style="bold")
+    name = Text(folded(clean(info.path), width - _FRAME), style="bold")
     return Panel(Group(name, _what(info, symbols), facts), padding=(0, 1), expand=False)
 
 

@@ -125,4 +125,5 @@ def _cells(column: Column, room: int) -> Iterator[Text]:
 
 
 def _total(columns: Sequence[Column]) -> int:
-    return sum(column.least for column in columns) + _GAP * (len(columns) - 1) + _INDENT
+    # rich 13 reserves the padding of the last column too, though it draws none.
+    return sum(column.least + _GAP for column in columns) - 1 + _INDENT

@@ -4,24 +4,24 @@ import sys
 
 import click
 import pytest
-from click.testing import CliRunner
 
-from loratools.cli import cli, failures
+from loratools.cli import failures
 from loratools.errors import LoraError
+from tests.cli.running import invoke
 
 
 @pytest.fixture
 def run(monkeypatch):
     """Run ``info`` with its work replaced by something that raises."""
 
-    def invoke(error, *arguments):
+    def failing(error, *arguments):
         def fail(*_args, **_kwargs):
             raise error
 
         monkeypatch.setattr("loratools.cli.info._named", fail)
-        return CliRunner().invoke(cli, ["info", "x.safetensors", *arguments])
+        return invoke("info", "x.safetensors", *arguments)
 
-    return invoke
+    return failing
 
 
 def test_an_error_is_its_message_and_exit_status_1(run):

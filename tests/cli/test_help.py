@@ -2,11 +2,11 @@ import subprocess
 import sys
 
 import pytest
-from click.testing import CliRunner
 
 import loratools
-from loratools.cli import COMMANDS, cli
+from loratools.cli import COMMANDS
 from tests.cli.render_docs import DOCS, help_of, page
+from tests.cli.running import invoke
 
 PROBE = """
 import sys
@@ -60,7 +60,7 @@ def test_help_imports_no_command_and_nothing_heavy():
 
 
 def test_version():
-    result = CliRunner().invoke(cli, ["--version"], prog_name="loratools")
+    result = invoke("--version")
     assert result.stdout == f"loratools {loratools.__version__}\n"
 
 
@@ -72,10 +72,10 @@ def test_python_m_is_the_same_command():
 
 
 def test_an_unknown_command_is_answered_with_the_nearest():
-    result = CliRunner().invoke(cli, ["inof"])
+    result = invoke("inof")
     assert result.exit_code == 2
     assert "No such command 'inof'. Did you mean info?" in result.stderr
-    assert "There are: info, merge." in CliRunner().invoke(cli, ["zzz"]).stderr
+    assert "There are: info, merge." in invoke("zzz").stderr
 
 
 def test_the_command_line_offers_the_options_that_methods_have():

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import factories
 import pytest
-from click.testing import CliRunner
 
-from loratools.cli import cli
+from tests.cli.running import invoke
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli, ["info", *map(str, arguments)])
+    return invoke("info", *arguments)
 
 
 @pytest.fixture

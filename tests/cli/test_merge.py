@@ -6,14 +6,13 @@ import sys
 import factories
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 import loratools as lt
-from loratools.cli import cli
+from tests.cli.running import invoke
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli, ["merge", *map(str, arguments)])
+    return invoke("merge", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +152,7 @@ def test_layout_and_dtype_are_chosen(pair, tmp_path):
 
 
 def test_methods_are_listed_without_an_output():
-    result = CliRunner().invoke(cli, ["merge", "--list-methods"])
+    result = invoke("merge", "--list-methods")
     assert result.exit_code == 0
     for word in ("linear", "concat", "ties", "--density", "Default: 0.2."):
         assert word in result.stdout

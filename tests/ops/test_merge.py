@@ -90,8 +90,8 @@ def test_a_module_that_only_one_input_has_is_carried(method: str, pair, tmp_path
     lt.save(lt.merge([lt.load(one.path), lt.load(two.path)], method=method), tmp_path / "m.safetensors")
     old, _ = make.read_safetensors(one.path)
     new, _ = make.read_safetensors(tmp_path / "m.safetensors")
-    alone = [key for key in old if key.startswith("lora_te2_")]
-    assert alone
+    alone = [key for key in old if key.startswith("lora_te2_text_model_encoder_layers_0_mlp")]
+    assert len(alone) == 3
     assert all(new[key] == old[key] for key in alone)
 
 
@@ -108,7 +108,7 @@ def test_the_result_is_the_weighted_sum(method: str, weights: tuple[float, float
     make.assert_close(make.deltas_of(again), want, 2e-6)
 
 
-@given(st.floats(-8, 8).filter(lambda weight: abs(weight) > 1e-3))
+@given(weight=st.floats(-8, 8).filter(lambda weight: abs(weight) > 1e-3))
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_weight_scales_the_delta(weight: float, pair) -> None:
     one, _ = pair
@@ -162,7 +162,7 @@ def test_a_rank_gives_the_nearest_matrix_of_that_rank(rank: int, pair) -> None:
         u, sigma, vh = np.linalg.svd(flat, full_matrices=False)
         best = (u[:, :rank] * sigma[:rank]) @ vh[:rank]
         found = module.delta().double().numpy().reshape(flat.shape)
-        assert module.rank == rank
+        assert module.rank == min(rank, np.linalg.matrix_rank(flat))
         np.testing.assert_allclose(found, best, atol=1e-6 * sigma[0])
         kept, whole = kept + (sigma[:rank] ** 2).sum(), whole + (sigma**2).sum()
     assert report.energy == pytest.approx(kept / whole, rel=1e-6)

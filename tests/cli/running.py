@@ -1,0 +1,17 @@
+"""Running the command line inside the test's process."""
+
+from __future__ import annotations
+
+import inspect
+
+from click.testing import CliRunner, Result
+
+from loratools.cli import cli
+
+
+def invoke(*arguments: object) -> Result:
+    """What a command did, with stdout and stderr apart."""
+    # click 8.2 and later always keep them apart, and have no such argument.
+    older = "mix_stderr" in inspect.signature(CliRunner).parameters
+    runner = CliRunner(mix_stderr=False) if older else CliRunner()
+    return runner.invoke(cli, list(map(str, arguments)), prog_name="loratools")

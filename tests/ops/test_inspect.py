@@ -1,0 +1,205 @@
+"""What `info` says, against numpy on dense ΔW."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from statistics import median
+
+import factories as make
+import numpy as np
+import pytest
+import torch
+
+import loratools as lt
+from loratools.errors import LoraError, MissingFileError
+from loratools.ops import inspect
+
+
+def figures(dense: np.ndarray) -> dict[str, float]:
+    sigma = np.linalg.svd(dense.reshape(dense.shape[0], -1), compute_uv=False)
+    share = sigma**2 / (sigma**2).sum()
+    share = share[share > 1e-20]
+    return {
+        "norm": math.sqrt((sigma**2).sum()),
+        "spectral_norm": sigma[0],
+        "stable_rank": (sigma**2).sum() / sigma[0] ** 2,
+        "effective_rank": math.exp(-(share * np.log(share)).sum()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("maker", "rtol"),
+    [
+        (lambda to: make.kohya(to / "a.safetensors", "sdxl", mid=True, alpha=-3.0), 1e-5),
+        (lambda to: make.kohya(to / "a.safetensors", "sd15", dtype=torch.float16, rank=6), 2e-4),
+        (lambda to: make.diffusers(to / "a.safetensors", "flux", dtype=torch.bfloat16), 2e-4),
+        (lambda to: make.peft(to / "a", embedding=True, config={"use_rslora": True}), 1e-5),
+    ],
+    ids=["kohya-mid", "kohya-f16", "flux-bf16", "peft"],
+)
+def test_norms_and_spectra_are_those_of_the_dense_delta(maker, rtol: float, tmp_path: Path) -> None:
+    made = maker(tmp_path)
+    found = lt.info(made.path)
+    assert len(found.modules) == len(made.deltas)
+    for module in found.modules:
+        dense = made.deltas[make.key_of(module.component, module.target)]
+        for name, want in figures(dense).items():
+            assert getattr(module, name) == pytest.approx(want, rel=rtol), (module.target, name)
+        assert module.shape == dense.shape
+        sigma = np.linalg.svd(dense.reshape(dense.shape[0], -1), compute_uv=False)
+        for rank, kept in (module.energy or {}).items():
+            assert rank < (module.rank or 0)
+            assert kept == pytest.approx((sigma[:rank] ** 2).sum() / (sigma**2).sum(), abs=max(rtol, 1e-6))
+
+
+def test_components_sum_up_their_modules(tmp_path: Path) -> None:
+    made = make.kohya(tmp_path / "a.safetensors", "sdxl", ranks={"attn2": 2})
+    found = lt.info(made.path)
+    assert set(found.components) == {"denoiser", "text_encoder", "text_encoder_2"}
+    for name, component in found.components.items():
+        dense = [delta for key, delta in made.deltas.items() if key.startswith(name + "/")]
+        norms = [figures(delta) for delta in dense]
+        assert component.modules == len(dense)
+        assert component.norm == pytest.approx(math.sqrt(sum(each["norm"] ** 2 for each in norms)), rel=1e-5)
+        assert component.spectral_norm == pytest.approx(max(each["spectral_norm"] for each in norms), rel=1e-5)
+        assert component.stable_rank == pytest.approx(median(each["stable_rank"] for each in norms), rel=1e-5)
+        sigmas = [np.linalg.svd(d.reshape(d.shape[0], -1), compute_uv=False) for d in dense]
+        whole = sum((sigma**2).sum() for sigma in sigmas)
+        for rank, kept in (component.energy or {}).items():
+            assert kept == pytest.approx(sum((sigma[:rank] ** 2).sum() for sigma in sigmas) / whole, rel=1e-5)
+    assert found.components["denoiser"].ranks == {2: 2, 4: 4}
+    assert sum(found.components["denoiser"].ranks.values()) == found.components["denoiser"].modules
+
+
+def test_a_module_of_zeros_has_zero_norms(tmp_path: Path) -> None:
+    made = make.kohya(tmp_path / "a.safetensors", "sd15")
+    zeros = {key: tensor * 0 if "lora_up" in key else tensor for key, tensor in made.tensors.items()}
+    make.write_safetensors(made.path, zeros, None)
+    for module in lt.info(made.path).modules:
+        assert (module.norm, module.spectral_norm, module.stable_rank) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+def test_a_dora_has_no_norm_of_its_own_and_its_axis_is_said(axis: str, tmp_path: Path) -> None:
+    made = make.kohya(tmp_path / "a.safetensors", "sd15", dora=axis)
+    for module in lt.info(made.path).modules:
+        assert module.dora
+        assert module.magnitude_axis == axis
+        assert (module.norm, module.spectral_norm, module.energy) == (None, None, None)
+
+
+def test_other_kinds_have_ranks_but_no_norms(tmp_path: Path) -> None:
+    made = make.kohya(tmp_path / "a.safetensors", kind="loha", rank=3)
+    found = lt.info(made.path)
+    assert found.kinds == {"loha": len(make.SD15)}
+    assert {(module.rank, module.norm) for module in found.modules} == {(3, None)}
+
+
+def test_headers_only(tmp_path: Path) -> None:
+    made = make.kohya(tmp_path / "a.safetensors", "sdxl")
+    found = lt.info(made.path, norms=False)
+    assert {module.norm for module in found.modules} == {None}
+    assert found.components["denoiser"].norm is None
+    assert found.components["denoiser"].modules == 6
+
+
+def test_the_files_facts(tmp_path: Path) -> None:
+    made = make.kohya(
+        tmp_path / "a.safetensors",
+        "sdxl",
+        dtype=torch.float16,
+        extra={"strange": torch.ones(2)},
+        metadata={
+            "ss_base_model_version": "sdxl_base_v1-0",
+            "ss_output_name": "ink",
+            "ss_training_started_at": "1700000000.5",
+            "ss_steps": "1200",
+            "ss_tag_frequency": json.dumps({"a": {"ink": 3, "wash": 1}, "b": {"ink": 2}}),
+            "ss_network_dim": "64",
+        },
+    )
+    found = lt.info(made.path)
+    assert found.bytes == made.path.stat().st_size
+    assert (found.type, found.layout, found.arch, found.container) == ("adapter", "kohya", "sdxl", "safetensors")
+    assert found.arch_title == "Stable Diffusion XL"
+    assert found.tensors == len(made.tensors)
+    assert found.unclaimed == ("strange",)
+    assert found.dtypes == {"F16": len(made.tensors) - 1, "F32": 1}
+    assert found.training["title"] == "ink"
+    assert found.training["tags"] == {"ink": 5, "wash": 1}
+    assert found.training["date"].startswith("2023-11-14 22:13:20")
+    assert found.training["base model"] == "sdxl_base_v1-0"
+    assert any("rank 64" in warning and "4" in warning for warning in found.warnings)
+    assert {module.alpha for module in found.modules} == {2.0}
+    assert {module.scale for module in found.modules} == {0.5}
+    assert {module.dtype for module in found.modules} == {"F16"}
+
+
+def test_what_is_no_adapter_is_described(tmp_path: Path) -> None:
+    make.write_safetensors(tmp_path / "lora.safetensors", {"<style>": torch.ones(768)}, None)
+    found = lt.info(tmp_path / "lora.safetensors")
+    assert (found.type, found.modules, found.tensors) == ("textual-inversion", (), 1)
+    assert found.unclaimed == ("<style>",)
+
+
+def test_a_folder_is_walked_and_errors_are_entries(tmp_path: Path) -> None:
+    make.kohya(tmp_path / "b.safetensors", "sdxl")
+    make.peft(tmp_path / "a")
+    (tmp_path / "c.safetensors").write_bytes(b"not a file of tensors")
+    (tmp_path / ".hidden").mkdir()
+    make.kohya(tmp_path / ".hidden" / "d.safetensors")
+    (tmp_path / "readme.txt").write_text("x")
+    found = list(inspect.walk(tmp_path, norms=False))
+    assert [Path(entry.path).name for entry in found] == ["b.safetensors", "c.safetensors", "adapter_model.safetensors"]
+    assert [bool(entry.error) for entry in found] == [False, True, False]
+    assert found[1].bytes == len(b"not a file of tensors")
+
+
+def test_a_file_named_outright_that_cannot_be_read_raises(tmp_path: Path) -> None:
+    (tmp_path / "c.safetensors").write_bytes(b"not a file of tensors")
+    with pytest.raises(LoraError, match=r"c\.safetensors"):
+        lt.info(tmp_path / "c.safetensors")
+
+
+def test_model_folders_are_checkpoints(tmp_path: Path) -> None:
+    diffusers, sharded = tmp_path / "d", tmp_path / "s"
+    diffusers.mkdir()
+    sharded.mkdir()
+    (diffusers / "model_index.json").write_text("{}")
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "1", "b": "2"}}))
+    assert (lt.info(diffusers).type, lt.info(diffusers).layout) == ("checkpoint", "diffusers")
+    assert (lt.info(sharded).layout, lt.info(sharded).tensors) == ("sharded", 2)
+    (sharded / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(LoraError, match="index"):
+        lt.info(sharded)
+
+
+def test_a_folder_with_nothing(tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError):
+        lt.info(tmp_path)
+
+
+@pytest.mark.parametrize("stated", ["nonsense", "1e400", "-1e30", "nan"])
+def test_odd_metadata_breaks_nothing(stated: str, tmp_path: Path) -> None:
+    metadata = {
+        "ss_training_started_at": stated,
+        "ss_tag_frequency": stated,
+        "ss_network_dim": stated,
+        "software": stated,
+        "ss_network_args": stated,
+    }
+    made = make.kohya(tmp_path / "a.safetensors", "sdxl", metadata=metadata)
+    assert lt.info(made.path, norms=False).metadata == metadata
+
+
+def test_nan_factors_are_reported_as_such_and_not_hidden(tmp_path: Path) -> None:
+    made = make.kohya(tmp_path / "a.safetensors", "sdxl")
+    name = next(key for key in made.tensors if "lora_up" in key)
+    made.tensors[name].view(-1)[0] = float("nan")
+    make.write_safetensors(made.path, made.tensors, None)
+    found = lt.info(made.path)
+    bad = [module for module in found.modules if module.norm is not None and math.isnan(module.norm)]
+    assert len(bad) == 1
+    assert any("NaN" in warning for warning in found.warnings)
