@@ -92,8 +92,12 @@ SD15: tuple[Weight, ...] = (
         (14, 14),
         kohya="diffusers",
     ),
-    _sd_unet("output_blocks.11.1.proj_out", "up_blocks.3.attentions.2.proj_out", (12, 12, 1, 1), kohya="diffusers"),
-    _sd_unet("input_blocks.2.0.in_layers.2", "down_blocks.0.resnets.1.conv1", (12, 10, 3, 3), kohya="diffusers"),
+    _sd_unet(
+        "output_blocks.11.1.proj_out", "up_blocks.3.attentions.2.proj_out", (12, 12, 1, 1), kohya="diffusers"
+    ),
+    _sd_unet(
+        "input_blocks.2.0.in_layers.2", "down_blocks.0.resnets.1.conv1", (12, 10, 3, 3), kohya="diffusers"
+    ),
     _sd_unet("input_blocks.3.0.op", "down_blocks.0.downsamplers.0.conv", (12, 12, 3, 3), kohya="diffusers"),
     _clip("lora_te_", "text_encoder", _CLIP0 + "self_attn.q_proj", (16, 16)),
     _clip("lora_te_", "text_encoder", _CLIP0 + "mlp.fc1", (24, 16)),
@@ -118,7 +122,13 @@ SDXL: tuple[Weight, ...] = (
     _sd_unet("input_blocks.1.0.in_layers.2", "down_blocks.0.resnets.0.conv1", (8, 6, 3, 3), kohya="native"),
     _clip("lora_te1_", "text_encoder", _CLIP0 + "self_attn.q_proj", (16, 16)),
     _clip("lora_te2_", "text_encoder_2", _CLIP0 + "mlp.fc1", (24, 20), _OPENCLIP0 + "mlp.c_fc"),
-    _clip("lora_te2_", "text_encoder_2", _CLIP0 + "self_attn.k_proj", (20, 20), _OPENCLIP0 + "attn.in_proj[1:2/3]"),
+    _clip(
+        "lora_te2_",
+        "text_encoder_2",
+        _CLIP0 + "self_attn.k_proj",
+        (20, 20),
+        _OPENCLIP0 + "attn.in_proj[1:2/3]",
+    ),
 )
 
 _WIDTH = 8
@@ -191,10 +201,7 @@ FLUX_SPLIT: tuple[Weight, ...] = (
         for native, _, twins in _FLUX_FUSED
         for twin, rows in twins
     ),
-    *(
-        Weight("denoiser", native, "", "transformer." + twin, shape)
-        for native, twin, shape in _FLUX_SHARED
-    ),
+    *(Weight("denoiser", native, "", "transformer." + twin, shape) for native, twin, shape in _FLUX_SHARED),
     Weight(
         "denoiser",
         "final_layer.adaLN_modulation.1[1:2+0:1/2]",
@@ -245,10 +252,9 @@ class Made:
     scales: dict[str, float] = field(default_factory=dict)
 
 
-# ------------------------------------------------------------------------------------------ files
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None
+) -> None:
     """A safetensors file with its keys in the order given."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata is not None else {}
     chunks, position = [], 0
@@ -275,7 +281,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...], 
     metadata = header.pop("__metadata__", None) or {}
     payload = data[8 + size :]
     found = {
-        name: (row["dtype"], tuple(row["shape"]), payload[slice(*row["data_offsets"])]) for name, row in header.items()
+        name: (row["dtype"], tuple(row["shape"]), payload[slice(*row["data_offsets"])])
+        for name, row in header.items()
     }
     return found, metadata
 
@@ -284,9 +291,6 @@ def digest(path: Path) -> str:
     """SHA-256 over a file, or over the files of a folder."""
     files = sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
     return hashlib.sha256(b"".join(entry.name.encode() + entry.read_bytes() for entry in files)).hexdigest()
-
-
-# ------------------------------------------------------------------------------------------ factors
 
 
 def _random(rng: np.random.Generator, shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
@@ -348,9 +352,6 @@ def foreign_factors(
     if kind == "ia3":
         made["on_input"] = torch.tensor(False)
     return made
-
-
-# ------------------------------------------------------------------------------------------ layouts
 
 
 def key_of(component: str, target: str) -> str:
@@ -484,7 +485,9 @@ def diffusers(
         name, shape = weight.diffusers, weight.shape
         if only is not None and not any(part in name for part in only):
             continue
-        if (generation == "attn-procs" and ".attn" not in name) or (not prefix and weight.component != "denoiser"):
+        if (generation == "attn-procs" and ".attn" not in name) or (
+            not prefix and weight.component != "denoiser"
+        ):
             continue
         own = next((value for part, value in (ranks or {}).items() if part in name), rank)
         stem = name if prefix else name.partition(".")[2]
@@ -656,9 +659,6 @@ def mlx(folder: Path, *, seed: int = 0, rank: int = 4, scale: float = 20.0, conf
     return Made(folder, file, deltas, tensors)
 
 
-# ------------------------------------------------------------------------------------------ comparisons
-
-
 def deltas_of(adapter: Adapter) -> dict[str, np.ndarray]:
     """ΔW of every module, keyed as ``Made.deltas``."""
     return {
@@ -690,7 +690,9 @@ def whole(adapter: Adapter) -> dict[str, np.ndarray]:
     return found
 
 
-def assert_close(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], rtol: float = 1e-5) -> None:
+def assert_close(
+    found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], rtol: float = 1e-5
+) -> None:
     """The same modules, each as near as ``rtol`` in the Frobenius norm."""
     assert set(found) == set(expected)
     for key, want in expected.items():
@@ -718,7 +720,9 @@ def assert_round_trip(made: Made, output: Path) -> None:
             assert new[0][key] == (_NAMES[tensor.dtype], tuple(tensor.shape), tensor.numpy().tobytes())
     config = made.path / "adapter_config.json"
     if made.path.is_dir() and config.is_file():
-        assert json.loads((output / "adapter_config.json").read_text("utf-8")) == json.loads(config.read_text("utf-8"))
+        assert json.loads((output / "adapter_config.json").read_text("utf-8")) == json.loads(
+            config.read_text("utf-8")
+        )
     again = lt.load(output)
     assert again.layout.name == adapter.layout.name
     assert list(again.modules) == list(adapter.modules)

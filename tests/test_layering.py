@@ -126,7 +126,9 @@ def test_only_the_command_line_prints(path: Path) -> None:
     calls = [
         node
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("print", "input")
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("print", "input")
     ]
     assert _room(path) in ("cli", "__main__") or not calls
 
@@ -142,7 +144,12 @@ def test_files_of_one_kind_know_nothing_of_each_other(package: str) -> None:
 def _modules_after(code: str) -> set[str]:
     script = code + "\nimport sys\nprint(*sorted(sys.modules))"
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=PACKAGE.parent, timeout=60
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=PACKAGE.parent,
+        timeout=60,
     )
     return set(done.stdout.splitlines()[-1].split())
 
@@ -154,7 +161,9 @@ def test_importing_the_package_imports_no_library() -> None:
 def test_info_of_safetensors_and_npz_never_imports_torch(tmp_path: Path) -> None:
     import numpy
 
-    kohya = make.kohya(tmp_path / "a.safetensors", "sd15", mid=True, extra={"bf16": make.torch.ones(2).bfloat16()})
+    kohya = make.kohya(
+        tmp_path / "a.safetensors", "sd15", mid=True, extra={"bf16": make.torch.ones(2).bfloat16()}
+    )
     half = make.kohya(tmp_path / "h.safetensors", "sdxl", dtype=make.torch.bfloat16)
     peft = make.peft(tmp_path / "p", embedding=True)
     mlx = make.mlx(tmp_path / "m")

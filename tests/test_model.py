@@ -43,7 +43,12 @@ def test_targets_are_equal_by_what_they_name() -> None:
 
 def test_targets_with_and_without_rows_have_one_order() -> None:
     targets = [Target("d", "x", Rows(((0, 1),), 3)), Target("d", "x"), Target("a", "z"), Target("d", "a")]
-    assert [str(target) for target in sorted(targets, key=lambda target: target.sort_key)] == ["z", "a", "x", "x[0:1/3]"]
+    assert [str(target) for target in sorted(targets, key=lambda target: target.sort_key)] == [
+        "z",
+        "a",
+        "x",
+        "x[0:1/3]",
+    ]
 
 
 def test_a_layout_in_words() -> None:

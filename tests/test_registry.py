@@ -59,5 +59,5 @@ def test_two_of_one_name_are_a_fault(package) -> None:
 def test_the_packages_own_files_are_whole(name: str, constant: str) -> None:
     found = scan(f"loratools.{name}", constant)
     folder = Path(sys.modules[f"loratools.{name}"].__path__[0])
-    assert len(found) == len([path for path in folder.glob("[!_]*.py")])
+    assert len(found) == len(list(folder.glob("[!_]*.py")))
     assert all(value.name == key for key, value in found.items())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
+from loratools.archs._blocks import Block
 from loratools.archs._table import NATIVE, Component, Name, parse
 from loratools.errors import ArchitectureError
-from loratools.model import Rows
+from loratools.model import EMPTY, Rows
 
 
 class Resolved(NamedTuple):
@@ -73,6 +75,8 @@ class Arch:
         base_models: Beginnings of words in base models' names that mean it, in lower case, "-" between words.
         widths: What tells it from architectures that spell their names alike.
         markers: Parts of paths, with "#" for numbers, that mean it where no table explains a file.
+        blocks: What people call its blocks.
+        vectors: Which blocks a vector of so many numbers weighs, by its length.
     """
 
     name: str
@@ -83,6 +87,13 @@ class Arch:
     base_models: tuple[str, ...] = ()
     widths: tuple[Width, ...] = ()
     markers: tuple[str, ...] = ()
+    blocks: tuple[Block, ...] = ()
+    vectors: Mapping[int, tuple[str, ...]] = field(default_factory=lambda: EMPTY)
+
+    def block(self, component: str, path: str) -> str | None:
+        """What people call the block that a weight lies in, or None where it lies in none."""
+        labels = (block.of(path) for block in self.blocks if block.component == component)
+        return next((label for label in labels if label), None)
 
     @cached_property
     def has_table(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loratools.archs._arch import Arch, Width
+from loratools.archs._blocks import FLUX_BLOCKS, FLUX_VECTORS
 from loratools.archs._clip import CLIP, CLIP_READS_HIDDEN
 from loratools.archs._t5 import T5_ENCODER
 from loratools.archs._table import DIFFUSERS, NATIVE, Component, Row, Table, swapped
@@ -117,4 +118,6 @@ ARCH = Arch(
         Width("text_encoder", CLIP_READS_HIDDEN, 768),
         Width("text_encoder_2", ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v"), 4096),
     ),
+    blocks=FLUX_BLOCKS,
+    vectors=FLUX_VECTORS,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loratools.archs._arch import Arch, Width
+from loratools.archs._blocks import SD_VECTORS, UNET_BLOCKS
 from loratools.archs._clip import CLIP, CLIP_READS_HIDDEN
 from loratools.archs._table import DIFFUSERS, Component
 from loratools.archs._unet import PREFIXES, unet
@@ -45,4 +46,6 @@ ARCH = Arch(
         Width("denoiser", ("attn2.to_k", "attn2.to_v"), 768),
         Width("text_encoder", CLIP_READS_HIDDEN, 768),
     ),
+    blocks=UNET_BLOCKS,
+    vectors=SD_VECTORS,
 )

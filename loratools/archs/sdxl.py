@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loratools.archs._arch import Arch, Width
+from loratools.archs._blocks import SDXL_VECTORS, UNET_BLOCKS
 from loratools.archs._clip import CLIP, CLIP_READS_HIDDEN, OPENCLIP, OPENCLIP_READS_HIDDEN
 from loratools.archs._table import DIFFUSERS, NATIVE, Component
 from loratools.archs._unet import PREFIXES, unet
@@ -53,4 +54,6 @@ ARCH = Arch(
         Width("text_encoder", CLIP_READS_HIDDEN, 768),
         Width("text_encoder_2", OPENCLIP_READS_HIDDEN, 1280),
     ),
+    blocks=UNET_BLOCKS,
+    vectors=SDXL_VECTORS,
 )

@@ -20,6 +20,7 @@ _EPILOG = """\b
 Examples:
   loratools merge style.safetensors character.safetensors -o both.safetensors
   loratools merge A B C --weights 0.8,0.5,-0.3 -o mixed.safetensors
+  loratools merge A B --component-weights text_encoder=0.5 --block-weights MID=0 -o out.safetensors
   loratools merge A B --method ties --density 0.3 --rank 32 -o small.safetensors
   loratools merge kohya.safetensors peft_folder --to peft -o merged_folder
   loratools merge A B -o out.safetensors --dry-run --json
@@ -53,6 +54,21 @@ def _option_help(option: Option) -> str:
     callback=options.numbers,
     metavar="W,W,...",
     help="What each ΔW is multiplied by, such as 0.8,-0.5. Default: 1 each.",
+)
+@click.option(
+    "--component-weights",
+    callback=options.multipliers,
+    multiple=True,
+    metavar="NAME=W,...",
+    help="Multipliers by component, such as text_encoder=0.5. Once for all inputs, or once for each.",
+)
+@click.option(
+    "--block-weights",
+    callback=options.multipliers,
+    multiple=True,
+    metavar="BLOCK=W,...",
+    help="Multipliers by block (IN04, MID, OUT11; D07, S21; or the beginning of a path), or a vector of 12, 17, 20, "
+    "26 or 61 numbers. Once for all inputs, or once for each.",
 )
 @click.option(
     "--method",

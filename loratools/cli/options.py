@@ -72,6 +72,28 @@ def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
     return tuple(found)
 
 
+def multipliers(
+    ctx: click.Context, param: click.Parameter, value: tuple[str, ...]
+) -> list[dict[str, float] | tuple[float, ...]]:
+    """Callback for sets of multipliers: ``IN04=0.5,MID=0``, or a vector of numbers."""
+    found: list[dict[str, float] | tuple[float, ...]] = []
+    for text in value:
+        if not text.strip():
+            found.append({})
+            continue
+        if "=" not in text:
+            found.append(numbers(ctx, param, text) or ())
+            continue
+        named: dict[str, float] = {}
+        for part in text.split(","):
+            name, equals, number = part.partition("=")
+            if not equals or not name.strip():
+                raise click.BadParameter(f"{part!r} is no NAME=WEIGHT, such as IN04=0.5.", ctx, param)
+            named[name.strip()] = (numbers(ctx, param, number) or (1.0,))[0]
+        found.append(named)
+    return found
+
+
 def common(command: Decorated) -> Decorated:
     """--json, --threads, --quiet and --debug, which every command has."""
     for option in reversed((_json, _threads, _quiet, _debug)):

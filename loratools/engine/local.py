@@ -23,7 +23,10 @@ _AHEAD = 4
 
 
 def default_threads() -> int:
-    """How many processors this process may use."""
+    """How many threads to use: OMP_NUM_THREADS where it is set, else one per processor of this process."""
+    stated = os.environ.get("OMP_NUM_THREADS", "")
+    if stated.isdigit() and int(stated):
+        return int(stated)
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return os.cpu_count() or 1

@@ -81,9 +81,11 @@ def spectra(pairs: Iterable[Pair], threads: int | None = None) -> list[Float64]:
 
     Args:
         pairs: (up, down) as ``spectrum`` takes them.
-        threads: A count; by default one per processor, at most 8.
+        threads: A count; by default OMP_NUM_THREADS, else one per processor, at most 8.
     """
-    count = threads or min(os.cpu_count() or 1, _MAX_THREADS)
+    stated = os.environ.get("OMP_NUM_THREADS", "")
+    available = int(stated) if stated.isdigit() and int(stated) else os.cpu_count() or 1
+    count = threads or min(available, _MAX_THREADS)
     found: list[Float64] = []
     waiting: deque[Future[list[Float64]]] = deque()
     with ThreadPoolExecutor(count) as pool:

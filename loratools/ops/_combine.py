@@ -46,7 +46,7 @@ def combine(asked: Request, target: Target, contributions: Sequence[Contribution
         LoraError: The method refuses.
     """
     sources = tuple(sorted({each.source for each in contributions}))
-    active = [each for each in contributions if asked.weights[each.source] != 0.0] or contributions[:1]
+    active = [each for each in contributions if _weight(asked, each) != 0.0] or contributions[:1]
     factors = [_factors(each, asked.device) for each in active]
     bad = tuple(
         name for each, pair in zip(active, factors, strict=True) for name in _nonfinite(each.module, pair)
@@ -55,7 +55,7 @@ def combine(asked: Request, target: Target, contributions: Sequence[Contribution
         return Combined(None, sources, nonfinite=bad)
     if len(active) == 1 and _carries(asked, active[0]):
         return Combined(_carried(active[0].module, asked, target), sources, size=_energy_of(factors[0]))
-    weights = [asked.weights[each.source] for each in active]
+    weights = [_weight(asked, each) for each in active]
     if bad:
         # Nothing can be decomposed that holds NaN: side by side, the factors keep it where it was.
         merged = stack(factors, weights)
@@ -66,6 +66,10 @@ def combine(asked: Request, target: Target, contributions: Sequence[Contribution
     outcome = asked.method.combine(parts, asked.options)
     module = _module(asked, target, active, outcome.factors)
     return Combined(module, sources, outcome.energy, _energy_of(outcome.factors))
+
+
+def _weight(asked: Request, each: Contribution) -> float:
+    return asked.weigh(each.source, each.module.target)
 
 
 def _factors(each: Contribution, device: str) -> Factors:
@@ -86,7 +90,7 @@ def _nonfinite(module: Module, factors: Factors) -> list[str]:
 
 def _carries(asked: Request, each: Contribution) -> bool:
     """Whether a module goes over as it is: alone, whole, at weight 1, and nothing asks for a change."""
-    same = each.whole and asked.weights[each.source] == 1.0
+    same = each.whole and _weight(asked, each) == 1.0
     return same and asked.method.lossless and asked.options.rank is None and asked.dtype is None
 
 
@@ -143,7 +147,7 @@ def _bias(asked: Request, active: Sequence[Contribution], role: str) -> torch.Te
         ref = each.module.factors.get(role)
         if ref is not None:
             scale = each.module.scale if role == "up_bias" else 1.0
-            bias = each.place(ref.load().to(torch.float64)) * scale * asked.weights[each.source]
+            bias = each.place(ref.load().to(torch.float64)) * scale * _weight(asked, each)
             total = bias if total is None else total + bias
     return total
 

@@ -15,6 +15,7 @@ from loratools import formats, kinds, methods
 from loratools.errors import LayoutError, OptionError, UnsupportedKindError
 from loratools.model import Adapter, Layout, Module, Target
 from loratools.ops import align, files
+from loratools.ops._weights import Spec, Weigh, weigher
 from loratools.ops.align import Contribution
 
 # Broken or superseded spellings are not written anew: their layout's present one is.
@@ -28,6 +29,7 @@ class Request:
     Attributes:
         adapters: The inputs.
         weights: One per input.
+        weigh: What the module of an input at a target is multiplied by.
         method: The merge method.
         options: Its options.
         layout: The layout of the result.
@@ -39,6 +41,7 @@ class Request:
 
     adapters: tuple[Adapter, ...]
     weights: tuple[float, ...]
+    weigh: Weigh
     method: methods.Method
     options: methods.Options
     layout: Layout
@@ -52,6 +55,8 @@ def request(
     adapters: Sequence[Adapter],
     *,
     weights: Sequence[float] | None,
+    component_weights: Sequence[Spec],
+    block_weights: Sequence[Spec],
     method: str,
     rank: int | None,
     layout: str | None,
@@ -81,13 +86,15 @@ def request(
     if dtype != "keep" and dtype not in files.STORE_DTYPES:
         raise OptionError(f"there is no store dtype {dtype!r}", candidates=[*files.STORE_DTYPES, "keep"])
     chosen = _method(method)
+    arch = align.common_arch(adapters)
     return Request(
         adapters=tuple(adapters),
         weights=given,
+        weigh=weigher(adapters, arch, given, component_weights, block_weights),
         method=chosen,
         options=_options(chosen, rank, options),
         layout=_layout(adapters[0], layout),
-        arch=align.common_arch(adapters),
+        arch=arch,
         dtype=None if dtype == "keep" else files.STORE_DTYPES[dtype],
         device=_device(device, chosen),
         allow_nonfinite=allow_nonfinite,

@@ -160,12 +160,25 @@ def save(
             f"the {form.title} layout is a folder", path=target, todo="Give a folder's name, or another --to"
         )
     with io.atomic_folder(target, overwrite) as folder:
-        size = io.write_safetensors(
+        written = io.write_safetensors(
             folder / _WEIGHTS[0], document.tensors, document.metadata, order=order, progress=progress
         )
-        text = json.dumps(document.config or {}, indent=2, ensure_ascii=False)
+        text = _config_text(document.config)
         (folder / CONFIG).write_text(text, "utf-8", newline="\n")
-    return size + len(text.encode())
+    return written + len(text.encode())
+
+
+def size(adapter: Adapter) -> int:
+    """Bytes that ``save`` would write in the adapter's own layout, header and configuration included."""
+    form = formats.get(adapter.layout.name)
+    document = formats.document(adapter, adapter.layout, form)
+    header = io.build([(ref.name, ref.dtype, ref.shape) for ref in document.tensors], document.metadata)
+    config = len(_config_text(document.config).encode()) if form.folder else 0
+    return len(header) + sum(ref.nbytes for ref in document.tensors) + config
+
+
+def _config_text(config: Mapping[str, Any] | None) -> str:
+    return json.dumps(config or {}, indent=2, ensure_ascii=False)
 
 
 def prepare(

@@ -15,6 +15,7 @@ from loratools.model import Adapter, Module, Target
 from loratools.ops import _combine, _merged, align, files
 from loratools.ops._combine import Combined
 from loratools.ops._request import Request, refuse, request
+from loratools.ops._weights import Spec
 from loratools.ops.align import Contribution
 from loratools.ops.results import MergedModule, MergeReport
 
@@ -25,6 +26,8 @@ def merge(
     adapters: Sequence[Adapter],
     *,
     weights: Sequence[float] | None = None,
+    component_weights: Spec | Sequence[Spec] = (),
+    block_weights: Spec | Sequence[Spec] = (),
     method: str = "linear",
     rank: int | None = None,
     layout: str | None = None,
@@ -41,6 +44,10 @@ def merge(
     Args:
         adapters: Of one architecture; rank, alpha, layout, dtype and modules may differ.
         weights: What each ΔW is multiplied by; default 1 each. A weight of 0 is absence.
+        component_weights: Multipliers by component's name ({"text_encoder": 0.5}); one mapping for all inputs, or a
+            list of one for each.
+        block_weights: Multipliers by block: a mapping from labels (IN04, MID, D07), components or beginnings of paths,
+            or a vector of as many numbers as the architecture knows; one for all inputs, or a list of one for each.
         method: "linear", "concat", "ties", …
         rank: Of the result, a count; None: lossless where the method allows it.
         layout: Of the result; default as the first input came.
@@ -61,6 +68,8 @@ def merge(
     asked = request(
         adapters,
         weights=weights,
+        component_weights=_specs(component_weights),
+        block_weights=_specs(block_weights),
         method=method,
         rank=rank,
         layout=layout,
@@ -89,6 +98,16 @@ def merge(
         notes=tuple(dict.fromkeys(notes)),
     )
     return merged, _report(asked, merged, results, described, dropped)
+
+
+def _specs(given: Spec | Sequence[Spec]) -> Sequence[Spec]:
+    """One set for all inputs as a list of one."""
+    if isinstance(given, Mapping):
+        return [given] if given else []
+    vector = [each for each in given if isinstance(each, int | float)]
+    if vector:
+        return [vector]
+    return [each for each in given if not isinstance(each, int | float)]
 
 
 def _run(
@@ -137,7 +156,9 @@ def _report(
 
 
 def _entry(target: Target, module: Module, result: Combined) -> MergedModule:
-    return MergedModule(str(target), target.component, result.sources, module.rank or 0, result.energy)
+    return MergedModule(
+        str(target), target.component, result.sources, module.rank or 0, result.energy, module.shape
+    )
 
 
 def merge_files(
@@ -170,7 +191,6 @@ def merge_files(
         )
     merged, report = merge([files.load(path, arch=arch) for path in paths], **options)
     if dry_run:
-        document = formats.document(merged, merged.layout, formats.get(merged.layout.name))
-        return report._replace(output=os.fspath(output), bytes=sum(ref.nbytes for ref in document.tensors))
+        return report._replace(output=os.fspath(output), bytes=files.size(merged))
     written = files.save(merged, output, overwrite=overwrite)
     return report._replace(output=os.fspath(output), bytes=written)

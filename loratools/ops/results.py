@@ -123,6 +123,7 @@ class MergedModule(NamedTuple):
         inputs: Positions of the inputs that contributed.
         rank: Of the result.
         energy: Fraction retained of Σσ² of the method's own full-rank result; None where the module was carried.
+        shape: The base weight's shape (out, in[, kh, kw]).
     """
 
     target: str
@@ -130,6 +131,7 @@ class MergedModule(NamedTuple):
     inputs: tuple[int, ...]
     rank: int
     energy: float | None = None
+    shape: tuple[int, ...] | None = None
 
 
 class MergeReport(NamedTuple):

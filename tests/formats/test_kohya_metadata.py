@@ -62,7 +62,11 @@ def test_dimensions_are_the_tensors_own(tmp_path: Path) -> None:
         alpha=2.0,
         ranks={"conv": 8},
         alphas={"conv": 1.0},
-        metadata={"ss_network_dim": "128", "ss_network_alpha": "64", "ss_network_args": '{"conv_dim": "99", "x": "1"}'},
+        metadata={
+            "ss_network_dim": "128",
+            "ss_network_alpha": "64",
+            "ss_network_args": '{"conv_dim": "99", "x": "1"}',
+        },
     )
     metadata, _ = written(lt.load(made.path), tmp_path / "b.safetensors", dtype="float16")
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "2")
@@ -104,7 +108,11 @@ def test_what_only_kohya_says_does_not_go_into_other_layouts(tmp_path: Path) -> 
 
 def test_a_kohya_file_from_diffusers_has_alpha_in_every_module(tmp_path: Path) -> None:
     made = make.diffusers(
-        tmp_path / "a.safetensors", "sdxl", rank=4, header={"unet": {"r": 4, "lora_alpha": 3}}, scales={"unet.": 0.75}
+        tmp_path / "a.safetensors",
+        "sdxl",
+        rank=4,
+        header={"unet": {"r": 4, "lora_alpha": 3}},
+        scales={"unet.": 0.75},
     )
     lt.save(lt.load(made.path), tmp_path / "b.safetensors", layout="kohya")
     tensors, _ = make.read_safetensors(tmp_path / "b.safetensors")
@@ -119,7 +127,13 @@ def test_a_kohya_file_from_diffusers_has_alpha_in_every_module(tmp_path: Path) -
 def test_an_alpha_that_a_narrow_dtype_would_round_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
     header = {"unet": {"r": 4, "lora_alpha": 0.1}}
     made = make.diffusers(
-        tmp_path / "a.safetensors", "sdxl", rank=4, dtype=dtype, header=header, only=["unet."], scales={"unet.": 0.025}
+        tmp_path / "a.safetensors",
+        "sdxl",
+        rank=4,
+        dtype=dtype,
+        header=header,
+        only=["unet."],
+        scales={"unet.": 0.025},
     )
     lt.save(lt.load(made.path), tmp_path / "b.safetensors", layout="kohya")
     for module in lt.load(tmp_path / "b.safetensors").modules.values():

@@ -14,9 +14,16 @@ from safetensors.numpy import load_file
 import loratools as lt
 
 ORACLE = Path(__file__).resolve().parents[2] / ".." / "shared" / "oracle"
-pytestmark = pytest.mark.skipif(not ORACLE.is_dir(), reason="the reference results are not beside the repository")
+pytestmark = pytest.mark.skipif(
+    not ORACLE.is_dir(), reason="the reference results are not beside the repository"
+)
 
-KOHYA = {"kohya__sd15_attn": 60, "kohya__sdxl_sgm_attn": 113, "kohya__sdxl_sgm_full_locon": 150, "kohya__sdxl_uniform": 113}
+KOHYA = {
+    "kohya__sd15_attn": 60,
+    "kohya__sdxl_sgm_attn": 113,
+    "kohya__sdxl_sgm_full_locon": 150,
+    "kohya__sdxl_uniform": 113,
+}
 KEY_FORMS = [
     "canonical",
     "with_adapter_name",
@@ -64,7 +71,11 @@ def _flat(key: str) -> str:
 
 def _in_base(stem: str) -> str:
     """The flattened name, in the reference base, of a Kohya stem or of a dotted diffusers one."""
-    for prefix, folder in (("lora_te1_", "text_encoder_"), ("lora_te2_", "text_encoder_2_"), ("lora_te_", "text_encoder_")):
+    for prefix, folder in (
+        ("lora_te1_", "text_encoder_"),
+        ("lora_te2_", "text_encoder_2_"),
+        ("lora_te_", "text_encoder_"),
+    ):
         if stem.startswith(prefix):
             return folder + stem.removeprefix(prefix).replace("text_model_", "")
     if not stem.startswith("lora_unet_"):
@@ -83,7 +94,8 @@ def _stems(adapter: lt.Adapter) -> dict[str, np.ndarray]:
     found = {}
     for module in adapter.modules.values():
         stem = re.split(
-            r"\.lora_(?:down|up|A|B|linear)|\.lora\.|(?<=to_[qkv])_lora\.|(?<=to_out)_lora\.", module.factors["up"].name
+            r"\.lora_(?:down|up|A|B|linear)|\.lora\.|(?<=to_[qkv])_lora\.|(?<=to_out)_lora\.",
+            module.factors["up"].name,
         )[0]
         found[stem] = module.delta().double().numpy()
     return found
@@ -92,7 +104,11 @@ def _stems(adapter: lt.Adapter) -> dict[str, np.ndarray]:
 def _changes(case: Path, expected: str) -> dict[str, np.ndarray]:
     base = load_file(case / "input" / "base.safetensors")
     fused = load_file(case / "expected" / expected)
-    return {_flat(key): fused[key].astype(np.float64) - base[key] for key in base if (fused[key] != base[key]).any()}
+    return {
+        _flat(key): fused[key].astype(np.float64) - base[key]
+        for key in base
+        if (fused[key] != base[key]).any()
+    }
 
 
 def _assert_added(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], case: Path) -> None:
@@ -154,7 +170,9 @@ def test_stable_diffusion_3_is_not_taken_for_another_architecture() -> None:
     assert adapter.arch in ("sd3", "unknown")
 
 
-@pytest.mark.parametrize("name", ["diffusers_sd15__attn_new", "diffusers_old__attn_procs_old", "diffusers_flux__full"])
+@pytest.mark.parametrize(
+    "name", ["diffusers_sd15__attn_new", "diffusers_old__attn_procs_old", "diffusers_flux__full"]
+)
 def test_architectures_of_tiny_models_are_told_by_names(name: str) -> None:
     adapter = lt.load(ORACLE / name / "input" / "pytorch_lora_weights.safetensors")
     # Names fit Stable Diffusion 1 and 2 alike, and a tiny model's widths tell neither.

@@ -56,7 +56,10 @@ SPELLINGS = [
     ("s.oft_R.weight", "s", "oft_r"),
     ("a.ia3_l", "a", "ia3_l"),
     ("a.vera_lambda_b", "a", "vera_lambda_b"),
-    *((f"s.{name}", "s", name) for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")),
+    *(
+        (f"s.{name}", "s", name)
+        for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+    ),
     *((f"s.lokr_{name}", "s", f"lokr_{name}") for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
 ]
 
@@ -70,7 +73,8 @@ def test_a_key_is_taken_apart(key: str, stem: str, role: str) -> None:
 
 @pytest.mark.parametrize("name", ["default", "my-style", "0"])
 @pytest.mark.parametrize(
-    ("factor", "role"), [("lora_A{}.weight", "down"), ("lora_B{}.weight", "up"), ("lora_embedding_A{}", "embedding_down")]
+    ("factor", "role"),
+    [("lora_A{}.weight", "down"), ("lora_B{}.weight", "up"), ("lora_embedding_A{}", "embedding_down")],
 )
 def test_an_adapters_name_inside_the_key_is_found(name: str, factor: str, role: str) -> None:
     part = split("model.q_proj." + factor.format("." + name))
@@ -79,7 +83,17 @@ def test_an_adapters_name_inside_the_key_is_found(name: str, factor: str, role: 
 
 
 @pytest.mark.parametrize(
-    "key", ["model.layers.0.weight", "lm_head.bias", "alpha", "lora_A.weight.extra", "", ".", "lora_unet_mid", "<token>"]
+    "key",
+    [
+        "model.layers.0.weight",
+        "lm_head.bias",
+        "alpha",
+        "lora_A.weight.extra",
+        "",
+        ".",
+        "lora_unet_mid",
+        "<token>",
+    ],
 )
 def test_what_is_no_factor_is_left_alone(key: str) -> None:
     assert split(key) is None

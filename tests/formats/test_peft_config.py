@@ -37,7 +37,12 @@ def test_stale_fields_do_not_survive(tmp_path: Path) -> None:
     made = make.peft(
         tmp_path / "a",
         alphas={"model.layers.0.mlp.down_proj": 3},
-        config={"use_rslora": True, "init_lora_weights": "pissa", "layers_to_transform": [0], "lora_dropout": 0.1},
+        config={
+            "use_rslora": True,
+            "init_lora_weights": "pissa",
+            "layers_to_transform": [0],
+            "lora_dropout": 0.1,
+        },
     )
     config = config_of(recast(made, tmp_path / "b"))
     assert config["use_rslora"] is False
@@ -51,9 +56,6 @@ def test_the_base_models_name_is_kept(tmp_path: Path) -> None:
     config = config_of(recast(made, tmp_path / "b"))
     assert config["base_model_name_or_path"] == "org/base"
     assert config["task_type"] == "CAUSAL_LM"
-
-
-# ---------------------------------------------------------------------------------------- with PEFT
 
 
 def _tiny(model: str) -> torch.nn.Module:

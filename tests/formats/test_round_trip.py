@@ -49,10 +49,15 @@ PEFT: dict[str, Maker] = {
     "embedding": lambda to: make.peft(to / "a", embedding=True),
     "bias": lambda to: make.peft(to / "a", lora_bias=True),
     "extras": lambda to: make.peft(
-        to / "a", extra={"base_model.model.lm_head.weight": torch.ones(3, 4)}, config={"modules_to_save": ["lm_head"]}
+        to / "a",
+        extra={"base_model.model.lm_head.weight": torch.ones(3, 4)},
+        config={"modules_to_save": ["lm_head"]},
     ),
     "bin": lambda to: make.peft(to / "a", container="bin"),
-    **{form: (lambda to, form=form: make.peft(to / "a", form=form)) for form in ("named", "double", "fsdp", "compiled")},
+    **{
+        form: (lambda to, form=form: make.peft(to / "a", form=form))
+        for form in ("named", "double", "fsdp", "compiled")
+    },
     "no_prefix": lambda to: make.peft(to / "a", form="no_prefix"),
     "unknown": lambda to: make.peft(to / "a", make.STRANGE, component="model"),
 }
@@ -122,7 +127,9 @@ def test_keys_of_an_unsorted_file_keep_their_order(tmp_path: Path) -> None:
     made = make.kohya(tmp_path / "a.safetensors", "sd15", metadata={"z": "1", "a": "2"})
     reversed_ = dict(reversed(list(made.tensors.items())))
     make.write_safetensors(made.path, reversed_, {"z": "1", "a": "2"})
-    make.assert_round_trip(make.Made(made.path, made.file, made.deltas, reversed_), tmp_path / "out.safetensors")
+    make.assert_round_trip(
+        make.Made(made.path, made.file, made.deltas, reversed_), tmp_path / "out.safetensors"
+    )
 
 
 def test_extras_are_kept_whatever_they_are(tmp_path: Path) -> None:

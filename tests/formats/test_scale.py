@@ -19,9 +19,13 @@ def scales(path: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.int16, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+)
 @pytest.mark.parametrize("alpha", [16.0, -2.0, 0.0])
-def test_alpha_of_any_dtype_and_shape(alpha: float, dtype: torch.dtype, shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_alpha_of_any_dtype_and_shape(
+    alpha: float, dtype: torch.dtype, shape: tuple[int, ...], tmp_path: Path
+) -> None:
     like = torch.zeros(shape, dtype=dtype)
     made = make.kohya(tmp_path / "a.safetensors", alpha=alpha, alpha_like=like, rank=4, only=["attn1_to_q"])
     adapter = lt.load(made.path, arch="sd15")
@@ -44,7 +48,10 @@ def test_without_alpha_kohyas_scale_is_one(tmp_path: Path) -> None:
 
 def test_an_alpha_of_several_numbers_is_refused_by_name(tmp_path: Path) -> None:
     made = make.kohya(tmp_path / "a.safetensors", alpha_like=torch.zeros(2), only=["attn1_to_q"], alpha=None)
-    tensors = {**made.tensors, "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.alpha": torch.ones(2)}
+    tensors = {
+        **made.tensors,
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.alpha": torch.ones(2),
+    }
     make.write_safetensors(made.path, tensors, None)
     with pytest.raises(MalformedFileError, match=r"attn1_to_q\.alpha.*\[2\]"):
         lt.load(made.path)
@@ -83,7 +90,11 @@ def test_diffusers_header_patterns(tmp_path: Path) -> None:
 
 def test_diffusers_header_without_a_prefix_is_for_a_bare_model(tmp_path: Path) -> None:
     made = make.diffusers(
-        tmp_path / "a.safetensors", prefix=False, rank=4, header={"": {"r": 4, "lora_alpha": 12}}, scales={"unet.": 3.0}
+        tmp_path / "a.safetensors",
+        prefix=False,
+        rank=4,
+        header={"": {"r": 4, "lora_alpha": 12}},
+        scales={"unet.": 3.0},
     )
     make.assert_close(make.deltas_of(lt.load(made.path)), made.deltas)
 
@@ -137,7 +148,10 @@ def test_peft_patterns_first_match_in_the_files_order(tmp_path: Path) -> None:
 
 def test_a_pattern_may_be_anchored(tmp_path: Path) -> None:
     made = make.peft(
-        tmp_path / "a", rank=4, alpha=4, config={"alpha_pattern": {r"^model\.layers\.0\.self_attn\.q_proj": 8}}
+        tmp_path / "a",
+        rank=4,
+        alpha=4,
+        config={"alpha_pattern": {r"^model\.layers\.0\.self_attn\.q_proj": 8}},
     )
     assert scales(made.path)["language_model/model.layers.0.self_attn.q_proj"] == 2.0
     assert scales(made.path)["language_model/model.layers.1.self_attn.q_proj"] == 1.0

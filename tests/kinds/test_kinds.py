@@ -69,7 +69,10 @@ def test_loha_in_tucker_form() -> None:
     [
         ({"lokr_w1": (2, 2), "lokr_w2": (6, 4, 3, 3)}, (12, 8, 3, 3)),
         ({"lokr_w1_a": (2, 1), "lokr_w1_b": (1, 2), "lokr_w2": (6, 4)}, (12, 8)),
-        ({"lokr_w1": (2, 2), "lokr_t2": (3, 3, 3, 3), "lokr_w2_a": (3, 6), "lokr_w2_b": (3, 4)}, (12, 8, 3, 3)),
+        (
+            {"lokr_w1": (2, 2), "lokr_t2": (3, 3, 3, 3), "lokr_w2_a": (3, 6), "lokr_w2_b": (3, 4)},
+            (12, 8, 3, 3),
+        ),
     ],
 )
 def test_lokrs_shape_in_all_its_forms(tensors: dict[str, tuple[int, ...]], shape: tuple[int, ...]) -> None:
@@ -79,14 +82,22 @@ def test_lokrs_shape_in_all_its_forms(tensors: dict[str, tuple[int, ...]], shape
     assert kind.shape(factors) == shape
 
 
-@pytest.mark.parametrize("roles", [["hada_w1_a"], ["up"], ["up", "down", "lokr_w1"], ["lokr_w1"], [], ["alpha"]])
+@pytest.mark.parametrize(
+    "roles", [["hada_w1_a"], ["up"], ["up", "down", "lokr_w1"], ["lokr_w1"], [], ["alpha"]]
+)
 def test_roles_that_make_no_kind(roles: list[str]) -> None:
     assert kinds.of_roles(roles) is None
 
 
 @pytest.mark.parametrize(
     ("up", "down", "mid"),
-    [((4, 2), (3, 4), None), ((4, 0), (0, 4), None), ((4, 2, 1, 1), (2, 4, 1, 1), (3, 2, 3, 3)), ((4,), (4, 4), None), ((4, 2), (2,), None)],
+    [
+        ((4, 2), (3, 4), None),
+        ((4, 0), (0, 4), None),
+        ((4, 2, 1, 1), (2, 4, 1, 1), (3, 2, 3, 3)),
+        ((4,), (4, 4), None),
+        ((4, 2), (2,), None),
+    ],
 )
 def test_factors_that_cannot_be_multiplied_are_refused(up, down, mid) -> None:
     factors = {"up": torch.ones(up), "down": torch.ones(down), **({"mid": torch.ones(mid)} if mid else {})}

@@ -31,7 +31,9 @@ def cuts(draw: st.DrawFn) -> tuple[int, list[Rows]]:
 
 @given(cuts(), st.integers(1, 3), st.integers(1, 3), st.randoms(use_true_random=False))
 @settings(max_examples=60, deadline=None)
-def test_splitting_then_fusing_gives_the_first_back(cut: tuple[int, list[Rows]], unit: int, rank: int, rng) -> None:
+def test_splitting_then_fusing_gives_the_first_back(
+    cut: tuple[int, list[Rows]], unit: int, rank: int, rng
+) -> None:
     of, pieces = cut
     up = torch.tensor([[rng.random() for _ in range(rank)] for _ in range(of * unit)])
     parts = [take_rows(up, None, piece, "w") for piece in pieces]
@@ -63,7 +65,7 @@ def test_rows_that_are_not_there_are_zero() -> None:
 
 
 def test_a_height_that_cannot_be_parted_is_named() -> None:
-    with pytest.raises(ShapeError, match="blocks.0.qkv: 7 rows"):
+    with pytest.raises(ShapeError, match=r"blocks\.0\.qkv: 7 rows"):
         take_rows(torch.ones(7, 2), None, Rows(((0, 1),), 3), "blocks.0.qkv")
 
 

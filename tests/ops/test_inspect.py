@@ -63,7 +63,9 @@ def test_components_sum_up_their_modules(tmp_path: Path) -> None:
         norms = [figures(delta) for delta in dense]
         assert component.modules == len(dense)
         assert component.norm == pytest.approx(math.sqrt(sum(each["norm"] ** 2 for each in norms)), rel=1e-5)
-        assert component.spectral_norm == pytest.approx(max(each["spectral_norm"] for each in norms), rel=1e-5)
+        assert component.spectral_norm == pytest.approx(
+            max(each["spectral_norm"] for each in norms), rel=1e-5
+        )
         assert component.stable_rank == pytest.approx(median(each["stable_rank"] for each in norms), rel=1e-5)
         sigmas = [np.linalg.svd(d.reshape(d.shape[0], -1), compute_uv=False) for d in dense]
         whole = sum((sigma**2).sum() for sigma in sigmas)
@@ -122,7 +124,12 @@ def test_the_files_facts(tmp_path: Path) -> None:
     )
     found = lt.info(made.path)
     assert found.bytes == made.path.stat().st_size
-    assert (found.type, found.layout, found.arch, found.container) == ("adapter", "kohya", "sdxl", "safetensors")
+    assert (found.type, found.layout, found.arch, found.container) == (
+        "adapter",
+        "kohya",
+        "sdxl",
+        "safetensors",
+    )
     assert found.arch_title == "Stable Diffusion XL"
     assert found.tensors == len(made.tensors)
     assert found.unclaimed == ("strange",)
@@ -152,7 +159,11 @@ def test_a_folder_is_walked_and_errors_are_entries(tmp_path: Path) -> None:
     make.kohya(tmp_path / ".hidden" / "d.safetensors")
     (tmp_path / "readme.txt").write_text("x")
     found = list(inspect.walk(tmp_path, norms=False))
-    assert [Path(entry.path).name for entry in found] == ["b.safetensors", "c.safetensors", "adapter_model.safetensors"]
+    assert [Path(entry.path).name for entry in found] == [
+        "b.safetensors",
+        "c.safetensors",
+        "adapter_model.safetensors",
+    ]
     assert [bool(entry.error) for entry in found] == [False, True, False]
     assert found[1].bytes == len(b"not a file of tensors")
 

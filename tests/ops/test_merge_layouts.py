@@ -121,7 +121,12 @@ def test_a_tucker_convolution_alone_goes_into_any_layout(layout: str, tmp_path: 
 def test_peft_folders_with_rslora_and_patterns(tmp_path: Path) -> None:
     one = make.peft(tmp_path / "a", seed=1, rank=4, alpha=8, config={"use_rslora": True})
     two = make.peft(
-        tmp_path / "b", seed=2, rank=2, alpha=3, ranks={"model.layers.0.mlp.down_proj": 5}, dtype=torch.bfloat16
+        tmp_path / "b",
+        seed=2,
+        rank=2,
+        alpha=3,
+        ranks={"model.layers.0.mlp.down_proj": 5},
+        dtype=torch.bfloat16,
     )
     adapters = [lt.load(one.path), lt.load(two.path)]
     lt.save(lt.merge(adapters, weights=WEIGHTS), tmp_path / "m")
@@ -157,7 +162,8 @@ def test_a_merge_of_odd_spellings_is_written_canonically(form: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("generation", "prefix"), [("attn-procs", True), ("lora-updown", True), ("peft-keys", False), ("attn-procs", False)]
+    ("generation", "prefix"),
+    [("attn-procs", True), ("lora-updown", True), ("peft-keys", False), ("attn-procs", False)],
 )
 def test_a_merge_of_old_diffusers_files_is_read_again(generation: str, prefix: bool, tmp_path: Path) -> None:
     one = make.diffusers(tmp_path / "a.safetensors", "sd15", generation=generation, prefix=prefix, seed=1)
@@ -202,3 +208,77 @@ def test_a_file_of_unclear_architecture_follows_the_other(tmp_path: Path) -> Non
     assert len(again.modules) == len(clear.modules)
     expected = lt.load(tmp_path / "a.safetensors", arch="sd15")
     make.assert_close(make.whole(again), _sum((1.0, 1.0), clear, expected))
+
+
+def test_a_bare_denoiser_merged_with_a_text_encoder_keeps_them_apart(tmp_path: Path) -> None:
+    """Without prefixes a second component has no name of its own: then prefixes have to be written."""
+    bare = lt.load(make.diffusers(tmp_path / "a.safetensors", "sdxl", prefix=False, seed=1, rank=4).path)
+    full = lt.load(
+        make.diffusers(
+            tmp_path / "b.safetensors",
+            "sdxl",
+            seed=2,
+            rank=2,
+            header={"unet": {"r": 2, "lora_alpha": 8}, "text_encoder": {"r": 2, "lora_alpha": 3}},
+        ).path
+    )
+    assert bare.layout.variant == "no-prefix"
+    expected = _sum(WEIGHTS, bare, full)
+    lt.save(lt.merge([bare, full], weights=WEIGHTS), tmp_path / "m.safetensors")
+    make.assert_close(make.whole(lt.load(tmp_path / "m.safetensors")), expected)
+
+
+def test_carried_and_computed_modules_have_one_prefix(tmp_path: Path) -> None:
+    plain = make.kohya(tmp_path / "p.safetensors", "sd15")
+    spelt = {
+        key.replace("lora_unet_", "lycoris_"): tensor
+        for key, tensor in plain.tensors.items()
+        if key.startswith("lora_unet_")
+    }
+    make.write_safetensors(tmp_path / "a.safetensors", spelt, None)
+    other = make.kohya(
+        tmp_path / "b.safetensors", "sd15", seed=1, only=["lora_unet_down_blocks_0_attentions"]
+    )
+    first, second = lt.load(tmp_path / "a.safetensors"), lt.load(other.path)
+    assert first.layout.variant == "lycoris"
+    lt.save(lt.merge([first, second]), tmp_path / "m.safetensors")
+    new, _ = make.read_safetensors(tmp_path / "m.safetensors")
+    assert len({key.split("_")[0] for key in new}) == 1
+    make.assert_close(make.whole(lt.load(tmp_path / "m.safetensors")), _sum((1.0, 1.0), first, second))
+
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+def test_a_native_comfy_file_is_merged_into_layouts_that_can_be_written(layout: str, tmp_path: Path) -> None:
+    fused = make.kohya(tmp_path / "k.safetensors", "flux", alpha=None, only=["lora_unet_"])
+    spelt = {}
+    for weight in make.FLUX_FUSED:
+        for role, factor in (("down", "lora_A"), ("up", "lora_B")):
+            tensor = fused.tensors.get(f"{weight.kohya}.lora_{role}.weight")
+            if tensor is not None:
+                spelt[f"diffusion_model.{weight.target}.{factor}.weight"] = tensor
+    make.write_safetensors(tmp_path / "a.safetensors", spelt, None)
+    adapter = lt.load(tmp_path / "a.safetensors")
+    with pytest.raises(lt.LoraError, match="not written yet"):
+        lt.merge([adapter])
+    lt.save(lt.merge([adapter], layout=layout), tmp_path / "m.safetensors")
+    make.assert_close(make.whole(lt.load(tmp_path / "m.safetensors")), make.whole(adapter))
+
+
+def test_kohya_dora_and_plain_modules_in_one_file_are_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    plain = make.kohya(tmp_path / "a.safetensors", "sdxl")
+    dora = make.kohya(tmp_path / "b.safetensors", "sdxl", dora="out", only=["attn1_to_q"])
+    mixed = {**plain.tensors, **{key: tensor for key, tensor in dora.tensors.items() if "dora_scale" in key}}
+    make.write_safetensors(tmp_path / "c.safetensors", mixed, None)
+    with pytest.raises(lt.LoraError, match="1 modules are DoRA") as caught:
+        lt.merge([lt.load(plain.path), lt.load(tmp_path / "c.safetensors")])
+    assert caught.value.path == str(tmp_path / "c.safetensors")
+    assert caught.value.keys == ("input_blocks.4.1.transformer_blocks.0.attn1.to_q",)
+
+
+def test_torch_threads_are_left_as_they_were(tmp_path: Path) -> None:
+    adapter = lt.load(make.kohya(tmp_path / "a.safetensors", "sdxl").path)
+    before = torch.get_num_threads()
+    lt.merge([adapter, adapter])
+    assert torch.get_num_threads() == before

@@ -1,4 +1,4 @@
-"""PEFT's merges as a reference: where its combination is the weighted sum, ours is the same; where it is wrong, right."""
+"""PEFT's merges as a reference: the weighted sum where its combination is one; what is right where it is wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from loratools.errors import LoraError
 from loratools.ops.merge import merge_files
 
 ORACLE = Path(__file__).resolve().parents[2] / ".." / "shared" / "oracle"
-pytestmark = pytest.mark.skipif(not ORACLE.is_dir(), reason="the reference results are not beside the repository")
+pytestmark = pytest.mark.skipif(
+    not ORACLE.is_dir(), reason="the reference results are not beside the repository"
+)
 
 SUMS = ("linear", "cat", "svd")
 REFUSED = {"peft_merge__dora_cat": "DoRA", "peft_merge__modules_to_save_both": "lm_head"}
@@ -84,7 +86,9 @@ def test_without_a_rank_the_merge_is_the_exact_sum(case: str, method: str, tmp_p
 def test_with_a_rank_it_is_the_nearest_of_that_rank(case: str, tmp_path: Path) -> None:
     params = manifest(case)["params"]
     found = deltas(merged(case, tmp_path / "m", rank=params["svd_rank"], **DTYPE))
-    assert_equal(case, found, {key: nearest(dense, params["svd_rank"]) for key, dense in exact_sum(case).items()})
+    assert_equal(
+        case, found, {key: nearest(dense, params["svd_rank"]) for key, dense in exact_sum(case).items()}
+    )
     if "svd_clamp" not in params:
         peft = load_file(ORACLE / case / "expected" / "delta.safetensors")
         assert_equal(case, found, peft)
@@ -119,7 +123,8 @@ def test_lora_biases_are_summed(tmp_path: Path) -> None:
     sources = [load_file(path / "adapter_model.safetensors") for path in inputs(case)]
     for target, module in adapter.modules.items():
         want = sum(
-            weight * params[f"adapter{number}_scaling"][target.path]
+            weight
+            * params[f"adapter{number}_scaling"][target.path]
             * source[f"base_model.model.{target.path}.lora_B.bias"].astype(np.float64)
             for number, (weight, source) in enumerate(zip(params["weights"], sources, strict=True))
         )
@@ -140,9 +145,6 @@ def test_a_module_saved_whole_by_one_input_is_carried(tmp_path: Path) -> None:
 def test_every_case_of_the_family_is_checked() -> None:
     assert set(EXACT) | set(OTHERS) | set(REFUSED) == {path.name for path in ORACLE.glob("peft_merge__*")}
     assert len(EXACT) >= 15
-
-
-# ---------------------------------------------------------------------------------------- with PEFT
 
 
 def _applied_by_peft(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -168,9 +170,19 @@ def _applied_by_peft(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[s
 
 @pytest.mark.peers
 @pytest.mark.parametrize(
-    "case", ["peft_merge__cat_2", "peft_merge__rslora_plain_svd", "peft_merge__regex_targets", "peft_merge__embedding_svd"]
+    "case",
+    [
+        "peft_merge__cat_2",
+        "peft_merge__rslora_plain_svd",
+        "peft_merge__regex_targets",
+        "peft_merge__embedding_svd",
+    ],
 )
 def test_peft_applies_what_we_merged(case: str, tmp_path: Path) -> None:
     expected = exact_sum(case)
     merged(case, tmp_path / "m", **DTYPE)
-    assert_equal(case, _applied_by_peft(tmp_path / "m", {key: dense.shape for key, dense in expected.items()}), expected)
+    assert_equal(
+        case,
+        _applied_by_peft(tmp_path / "m", {key: dense.shape for key, dense in expected.items()}),
+        expected,
+    )
