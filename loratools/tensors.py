@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from loratools.errors import MalformedFileError
+from loratools.errors import MalformedFileError, ShapeError
 
 if TYPE_CHECKING:
     import numpy
@@ -176,6 +176,8 @@ class TensorRef(NamedTuple):
     def load(self) -> torch.Tensor:
         """The tensor on the CPU in its store dtype; shares memory with the file and must not be written to."""
         tensor = self.source.torch(self.stored_shape, self.dtype)
+        if tuple(tensor.shape) != self.stored_shape:
+            tensor = tensor.reshape(self.stored_shape)
         return tensor.t() if self.transposed else tensor
 
     def numpy(self, *, widen: bool = True) -> numpy.ndarray[Any, Any]:
@@ -223,6 +225,16 @@ class TensorRef(NamedTuple):
     def renamed(self, name: str) -> TensorRef:
         """The same tensor under another key."""
         return self._replace(name=name)
+
+    def reshaped(self, shape: tuple[int, ...]) -> TensorRef:
+        """The same elements in the same order under another shape.
+
+        Raises:
+            ShapeError: It has another count of elements.
+        """
+        if math.prod(shape) != self.numel:
+            raise ShapeError(f"{self.name}: {list(self.shape)} cannot be seen as {list(shape)}")
+        return self._replace(shape=shape)
 
     def flipped(self) -> TensorRef:
         """The transpose of a two-dimensional tensor, without touching data."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from loratools.archs._blocks import Block
 from loratools.archs._table import NATIVE, Component, Name, parse
 from loratools.errors import ArchitectureError
-from loratools.model import EMPTY, Rows
+from loratools.model import Rows
 
 
 class Resolved(NamedTuple):
@@ -88,7 +88,7 @@ class Arch:
     widths: tuple[Width, ...] = ()
     markers: tuple[str, ...] = ()
     blocks: tuple[Block, ...] = ()
-    vectors: Mapping[int, tuple[str, ...]] = field(default_factory=lambda: EMPTY)
+    vectors: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     def block(self, component: str, path: str) -> str | None:
         """What people call the block that a weight lies in, or None where it lies in none."""

@@ -41,6 +41,17 @@ class Detection:
     resolved: Mapping[str, Resolved] = field(default_factory=lambda: EMPTY)
 
 
+# Components of an image or video pipeline: its text encoders do not make it a language model.
+_PIPELINE = (
+    "unet.",
+    "text_encoder.",
+    "text_encoder_2.",
+    "text_encoder_3.",
+    "diffusion_model.",
+    "text_encoders.",
+)
+
+
 class _Stem(NamedTuple):
     text: str
     skeleton: str
@@ -117,6 +128,8 @@ def _marked(stems: Sequence[_Stem], base_model: str) -> tuple[Arch | None, int]:
     A stem belongs to the longest marker found in it. Architectures that share it are told apart by the base
     model's name; the first one stands for the others, as language models are the most common.
     """
+    if any(stem.text.startswith(_PIPELINE) for stem in stems):
+        return None, 0
     marked = [arch for arch in _archs().values() if arch.markers]
     counts: Counter[str] = Counter()
     for path, count in Counter(_numberless(stem.text) for stem in stems).items():

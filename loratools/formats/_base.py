@@ -155,6 +155,8 @@ class Format(NamedTuple):
         speller: How to write a module, or None where the layout is only read.
         finisher: How to complete what is written.
         folder: Whether it is written as a folder.
+        weights: The name of the weights in that folder.
+        roles: Factors that it has names for.
         dialect: Which names of an architecture it uses ("native", "diffusers"), or "kohya": as its component says.
         rename: Cleans a stem of the layout's own decorations.
     """
@@ -169,6 +171,8 @@ class Format(NamedTuple):
     speller: Speller | None = None
     finisher: Finisher | None = None
     folder: bool = False
+    weights: str = "adapter_model.safetensors"
+    roles: frozenset[str] = frozenset()
     dialect: str = "diffusers"
 
     def locate(self, name: str) -> Target:

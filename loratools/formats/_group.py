@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from loratools.errors import NotAnAdapterError
+from loratools.errors import NameResolutionError, NotAnAdapterError
 from loratools.formats._base import Group
 from loratools.formats._parse import Part, split
 from loratools.tensors import TensorRef
@@ -29,6 +29,7 @@ def group(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Group], dict[str,
 
     Raises:
         NotAnAdapterError: The file holds several adapters under different names.
+        NameResolutionError: Two keys spell the same factor.
     """
     groups: dict[str, Group] = {}
     left: dict[str, TensorRef] = {}
@@ -44,6 +45,12 @@ def group(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Group], dict[str,
         found = groups.get(stem)
         if found is None:
             found = groups[stem] = Group(stem, clean(stem, part.suffix.style), part.suffix.style)
+        if part.suffix.role in found.roles and not part.adapter:
+            raise NameResolutionError(
+                f"{stem} has its {part.suffix.role} twice",
+                keys=[found.roles[part.suffix.role].name, key],
+                todo="Keep one of them",
+            )
         found.style = found.style or part.suffix.style
         found.roles[part.suffix.role] = ref
     if len(adapters) > 1:

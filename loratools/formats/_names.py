@@ -1,10 +1,11 @@
-"""Targets spelt by their architecture's tables; layouts add prefixes and suffixes."""
+"""What several layouts spell alike: targets by their architecture's tables, PEFT's magnitude vectors."""
 
 from __future__ import annotations
 
 from loratools import archs
 from loratools.formats._base import cannot_hold
-from loratools.model import Layout, Target
+from loratools.model import Layout, Module, Target
+from loratools.tensors import TensorRef
 
 
 def component(arch: str, name: str) -> archs.Component | None:
@@ -30,6 +31,25 @@ def body(arch: str, target: Target, dialect: str, separator: str, layout: Layout
         spelt = archs.get(arch).spell(target.component, target.path, target.rows, dialect, separator)
         if spelt is not None:
             return spelt
+        if archs.get(arch).pieces(target.component, target.path, dialect):
+            raise cannot_hold(
+                layout,
+                "a fused weight that it spells in parts (or the other way round)",
+                [str(target)],
+                "Merging regroups them: `loratools merge FILE --to LAYOUT`",
+            )
     if target.rows is not None:
         raise cannot_hold(layout, "part of a fused weight", [str(target)])
     return target.path.replace(".", "_") if separator == "_" else target.path
+
+
+def peft_magnitude(magnitude: TensorRef, module: Module, layout: Layout) -> TensorRef:
+    """A DoRA's vector as PEFT stores it: (out,), for convolutions (1, out, 1, …).
+
+    Raises:
+        LayoutError: It runs along the inputs, for which PEFT has no place.
+    """
+    if module.magnitude_axis == "in":
+        raise cannot_hold(layout, "a DoRA magnitude per input", [str(module.target)], "Keep Kohya's layout")
+    axes = len(module.shape or ())
+    return magnitude.reshaped((1, magnitude.numel, *(1,) * (axes - 2)) if axes > 2 else (magnitude.numel,))

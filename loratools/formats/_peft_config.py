@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from loratools.errors import MalformedFileError
 from loratools.formats._base import Scale
 from loratools.model import Module
 
@@ -32,6 +33,10 @@ _RESET: dict[str, Any] = {
 
 def pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that matches, by PEFT's rule: the key may be any dotted tail of the name."""
+    if patterns is not None and not isinstance(patterns, Mapping):
+        raise MalformedFileError(
+            f"adapter_config.json: a pattern is {patterns!r}", expected="An object of patterns was expected"
+        )
     for pattern, value in (patterns or {}).items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):

@@ -119,7 +119,8 @@ def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef
         raise cannot_hold(layout, f"what {prefix}{body} has", unknown or [module.kind])
     tensors = [ref.renamed(f"{prefix}{body}.{suffixes[role]}") for role, ref in module.factors.items()]
     if module.magnitude is not None:
-        tensors.append(module.magnitude.renamed(f"{prefix}{body}.lora_magnitude_vector"))
+        magnitude = _names.peft_magnitude(module.magnitude, module, layout)
+        tensors.append(magnitude.renamed(f"{prefix}{body}.lora_magnitude_vector"))
     return tensors
 
 
@@ -150,4 +151,5 @@ FORMAT = Format(
     scaler=_scaler,
     speller=_speller,
     finisher=_finisher,
+    roles=frozenset(_SUFFIXES["peft-keys"]),
 )

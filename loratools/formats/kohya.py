@@ -67,8 +67,15 @@ def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef
     tensors = [_alpha(stem, module)]
     tensors += [ref.renamed(f"{stem}.{_SUFFIXES[role]}") for role, ref in module.factors.items()]
     if module.magnitude is not None:
-        tensors.append(module.magnitude.renamed(f"{stem}.dora_scale"))
+        tensors.append(_magnitude(module.magnitude, module).renamed(f"{stem}.dora_scale"))
     return tensors
+
+
+def _magnitude(magnitude: TensorRef, module: Module) -> TensorRef:
+    """A DoRA's vector as (out, 1[, 1, 1]) or (1, in[, 1, 1]): readers tell the axis by the shape."""
+    ones = (1,) * (len(module.shape or ()) - 1)
+    shape = (1, magnitude.numel, *ones[1:]) if module.magnitude_axis == "in" else (magnitude.numel, *ones)
+    return magnitude.reshaped(shape)
 
 
 def _alpha(stem: str, module: Module) -> TensorRef:
@@ -95,5 +102,6 @@ FORMAT = Format(
     scaler=_scaler,
     speller=_speller,
     finisher=_finisher,
+    roles=frozenset(_SUFFIXES),
     dialect="kohya",
 )

@@ -33,5 +33,7 @@ FORMAT = Format(
     claims=_claims,
     scaler=_scaler,
     flipped=lambda _: True,
+    folder=True,
+    weights="adapters.safetensors",
     dialect="native",
 )

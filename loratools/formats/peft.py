@@ -61,7 +61,8 @@ def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef
         raise cannot_hold(layout, f"what {path} has", unknown or [module.kind])
     tensors = [ref.renamed(f"{_PREFIX}{path}.{names[role]}") for role, ref in module.factors.items()]
     if module.magnitude is not None:
-        tensors.append(module.magnitude.renamed(f"{_PREFIX}{path}.lora_magnitude_vector"))
+        magnitude = _names.peft_magnitude(module.magnitude, module, layout)
+        tensors.append(magnitude.renamed(f"{_PREFIX}{path}.lora_magnitude_vector"))
     return tensors
 
 
@@ -98,4 +99,5 @@ FORMAT = Format(
     speller=_speller,
     finisher=_finisher,
     folder=True,
+    roles=frozenset(_SUFFIXES),
 )

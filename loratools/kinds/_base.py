@@ -11,6 +11,10 @@ Factors = Mapping[str, TensorRef]
 Shape = tuple[int, ...]
 
 
+# LyCORIS' sparse residual, which may lie beside the factors of any kind and is added to ΔW.
+SPARSE = ("bias_indices", "bias_values", "bias_size")
+
+
 class Kind(NamedTuple):
     """One adapter kind.
 
@@ -36,7 +40,14 @@ class Kind(NamedTuple):
 
     def fits(self, roles: frozenset[str]) -> bool:
         """Whether these roles are exactly what the kind is made of."""
-        known = {"alpha", "magnitude", "scalar", *self.may, *(role for need in self.needs for role in need)}
+        known = {
+            "alpha",
+            "magnitude",
+            "scalar",
+            *SPARSE,
+            *self.may,
+            *(role for need in self.needs for role in need),
+        }
         return roles <= known and any(roles >= set(need) for need in self.needs)
 
 

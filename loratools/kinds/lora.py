@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     import torch
 
 
+# Roles of which ΔW or the bias is made in factor space.
+_OWN = ("up", "down", "mid", "up_bias", "diff_b")
+
+
 def _rank(factors: Factors) -> int:
     return factors["up"].shape[1]
 
@@ -94,10 +98,9 @@ def matrices(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
     """
     import torch
 
-    if "diff" in module.factors:
-        raise UnsupportedKindError(
-            f"{module.target} has a full difference beside its factors", keys=[module.factors["diff"].name]
-        )
+    beside = [ref.name for role, ref in module.factors.items() if role not in _OWN]
+    if beside:
+        raise UnsupportedKindError(f"{module.target} has more than low-rank factors", keys=beside)
     if module.magnitude is not None:
         raise UnsupportedKindError(
             f"{module.target} is a DoRA: its ΔW depends on the base weight", keys=[module.magnitude.name]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from loratools import methods
+from loratools import formats, methods
 from loratools.errors import NonFiniteError
 from loratools.kinds import lora
 from loratools.maths.lowrank import Factors, stack
@@ -26,7 +26,7 @@ class Combined:
         sources: Positions of the inputs that contributed.
         energy: The fraction retained of Σσ² of the method's own full-rank result; None where a module was carried.
         size: ‖ΔW‖_F² of the result.
-        nonfinite: Keys of factors that hold NaN or Inf.
+        nonfinite: Keys of factors that hold NaN or Inf, each with the position of its input.
         note: What the caller should know, or empty.
     """
 
@@ -34,7 +34,7 @@ class Combined:
     sources: tuple[int, ...]
     energy: float | None = None
     size: float = 0.0
-    nonfinite: tuple[str, ...] = ()
+    nonfinite: tuple[tuple[int, str], ...] = ()
     note: str = ""
 
 
@@ -46,10 +46,14 @@ def combine(asked: Request, target: Target, contributions: Sequence[Contribution
         LoraError: The method refuses.
     """
     sources = tuple(sorted({each.source for each in contributions}))
-    active = [each for each in contributions if _weight(asked, each) != 0.0] or contributions[:1]
+    active = [each for each in contributions if _weight(asked, each) != 0.0]
+    if not active:
+        return Combined(None, sources)
     factors = [_factors(each, asked.device) for each in active]
     bad = tuple(
-        name for each, pair in zip(active, factors, strict=True) for name in _nonfinite(each.module, pair)
+        (each.source, name)
+        for each, pair in zip(active, factors, strict=True)
+        for name in _nonfinite(each.module, pair)
     )
     if bad and not asked.allow_nonfinite:
         return Combined(None, sources, nonfinite=bad)
@@ -90,8 +94,12 @@ def _nonfinite(module: Module, factors: Factors) -> list[str]:
 
 def _carries(asked: Request, each: Contribution) -> bool:
     """Whether a module goes over as it is: alone, whole, at weight 1, and nothing asks for a change."""
-    same = each.whole and _weight(asked, each) == 1.0
+    same = each.whole and _weight(asked, each) == 1.0 and each.module.factors.keys() <= _held(asked)
     return same and asked.method.lossless and asked.options.rank is None and asked.dtype is None
+
+
+def _held(asked: Request) -> frozenset[str]:
+    return formats.get(asked.layout.name).roles
 
 
 def _carried(module: Module, asked: Request, target: Target) -> Module:
@@ -179,12 +187,13 @@ def refuse_nonfinite(results: Sequence[Combined], paths: Sequence[str]) -> None:
     Raises:
         NonFiniteError: There is one.
     """
-    bad = [(key, result) for result in results for key in result.nonfinite]
+    bad = [each for result in results for each in result.nonfinite]
     if bad:
-        where = paths[bad[0][1].sources[0]] if len(bad[0][1].sources) == 1 else ""
+        files = {source for source, _ in bad}
+        count = f"{len(bad)} tensors" if len(bad) > 1 else "a tensor"
         raise NonFiniteError(
-            f"{len(bad)} tensors hold NaN or Inf",
-            path=where or None,
-            keys=[key for key, _ in bad],
+            f"{count} with NaN or Inf" + (f" in {len(files)} inputs" if len(files) > 1 else ""),
+            path=paths[bad[0][0]] or None,
+            keys=[key for _, key in bad],
             todo="Pass --allow-nonfinite to go on all the same",
         )

@@ -13,12 +13,11 @@ from typing import Any
 from loratools import __version__
 from loratools.errors import LayoutError, OptionError
 from loratools.model import Adapter, Module, Target
-from loratools.ops import _metadata
+from loratools.ops import _metadata, files
 from loratools.tensors import TensorRef
 
 RECORD = "loratools.merge"
 _CHUNK = 1 << 20
-_UNIONS = ("modules_to_save",)
 
 
 def extras(
@@ -144,19 +143,25 @@ def _sha256(path: str) -> str:
     return whole.hexdigest()
 
 
-def config(adapters: Sequence[Adapter], modules: Mapping[Target, Module]) -> dict[str, Any]:
+def config(
+    adapters: Sequence[Adapter], modules: Mapping[Target, Module], extras: Mapping[str, TensorRef]
+) -> dict[str, Any]:
     """A starting point for the merged adapter_config.json: the first input's, as far as it holds for the result."""
     configs = [adapter.config for adapter in adapters if "peft_type" in adapter.config]
     if not configs:
         return {}
     merged = dict(configs[0])
-    for key in _UNIONS:
-        values = [value for each in configs for value in each.get(key) or ()]
-        if values:
-            merged[key] = list(dict.fromkeys(values))
-    if not merged.get("base_model_name_or_path"):
-        names = [each.get("base_model_name_or_path") for each in configs]
-        merged["base_model_name_or_path"] = next((name for name in names if name), None)
+    for key in ("modules_to_save", "trainable_token_indices", "bias", "base_model_name_or_path"):
+        stated = [each.get(key) for each in configs if each.get(key) not in (None, [], {}, "none")]
+        if stated:
+            merged[key] = _united(stated)
     if any(set(adapter.modules) != set(modules) for adapter in adapters):
         merged["target_modules"] = None
-    return merged
+    return merged if extras else files.without_extras(merged)
+
+
+def _united(values: Sequence[Any]) -> Any:
+    """Lists of names together; of anything else the first."""
+    if all(isinstance(value, list) for value in values):
+        return list(dict.fromkeys(each for value in values for each in value))
+    return values[0]

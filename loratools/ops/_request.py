@@ -19,7 +19,17 @@ from loratools.ops._weights import Spec, Weigh, weigher
 from loratools.ops.align import Contribution
 
 # Broken or superseded spellings are not written anew: their layout's present one is.
-_PRESENT = {("kohya", "malformed"): "", ("diffusers", "attn-procs"): "peft-keys", ("peft", "wrapped"): ""}
+_PRESENT = {
+    ("kohya", "malformed"): "",
+    ("kohya", "lycoris"): "",
+    ("diffusers", "attn-procs"): "peft-keys",
+    ("peft", "wrapped"): "",
+    ("peft", "no-prefix"): "",
+}
+
+
+# Tensors beside a LoRA's factors that its ΔW has and no merge method takes.
+_BESIDE = {"diff", "scalar", "bias_indices", "bias_values", "bias_size"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,7 +103,7 @@ def request(
         weigh=weigher(adapters, arch, given, component_weights, block_weights),
         method=chosen,
         options=_options(chosen, rank, options),
-        layout=_layout(adapters[0], layout),
+        layout=_layout(adapters, layout),
         arch=arch,
         dtype=None if dtype == "keep" else files.STORE_DTYPES[dtype],
         device=_device(device, chosen),
@@ -129,7 +139,8 @@ def _options(method: methods.Method, rank: int | None, given: Mapping[str, Any])
     return options
 
 
-def _layout(first: Adapter, name: str | None) -> Layout:
+def _layout(adapters: Sequence[Adapter], name: str | None) -> Layout:
+    first = adapters[0]
     wanted = name or first.layout.name
     form = formats.get(wanted) if wanted != "unknown" else None
     if form is None or form.speller is None:
@@ -141,6 +152,10 @@ def _layout(first: Adapter, name: str | None) -> Layout:
         )
     if wanted != first.layout.name:
         return Layout(wanted, "peft-keys" if wanted == "diffusers" else "")
+    components = {target.component for adapter in adapters for target in adapter.modules}
+    if (wanted, first.layout.variant) == ("diffusers", "no-prefix") and len(components) > 1:
+        # Without prefixes a second component would have no name of its own.
+        return Layout(wanted, "peft-keys")
     return Layout(wanted, _PRESENT.get((wanted, first.layout.variant), first.layout.variant))
 
 
@@ -184,8 +199,13 @@ def refuse(asked: Request, targets: Mapping[Target, Sequence[Contribution]]) -> 
 
 
 def _is_low_rank(module: Module) -> bool:
-    return kinds.get(module.kind).low_rank and "diff" not in module.factors
+    return kinds.get(module.kind).low_rank and not _BESIDE & module.factors.keys()
 
 
 def _title(module: Module) -> str:
-    return kinds.get("full" if "diff" in module.factors else module.kind).title
+    beside = sorted(_BESIDE & module.factors.keys())
+    return (
+        f"{kinds.get(module.kind).title} with {' and '.join(beside)}"
+        if beside
+        else kinds.get(module.kind).title
+    )

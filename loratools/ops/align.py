@@ -16,6 +16,7 @@ import torch
 from loratools import archs
 from loratools.errors import ArchitectureError, ShapeError
 from loratools.model import Adapter, Module, Rows, Target
+from loratools.ops import files
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +170,33 @@ def common_arch(adapters: Sequence[Adapter]) -> str:
     if len(known) < len(adapters) and names:
         return names[0] if _same_names(adapters) else "unknown"
     return names[0] if names else "unknown"
+
+
+def clarified(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The inputs, those whose architecture could not be told read again as the others'.
+
+    A file that adapts only what several architectures spell alike is of the one it is merged with, if that explains
+    most of its names.
+    """
+    known = {adapter.arch for adapter in adapters} - {"unknown"}
+    if len(known) != 1:
+        return list(adapters)
+    name = known.pop()
+    return [_as(adapter, name) if adapter.arch == "unknown" else adapter for adapter in adapters]
+
+
+def _as(adapter: Adapter, arch: str) -> Adapter:
+    if not adapter.path or not adapter.order:
+        return adapter
+    again = files.load(adapter.path, arch=arch)
+    table = archs.get(arch)
+    components = {component.name for component in table.components}
+    named = [
+        target
+        for target in again.modules
+        if target.component in components and table.pieces(target.component, target.path, "native")
+    ]
+    return again if 4 * len(named) >= 3 * len(again.modules) else adapter
 
 
 def _same_names(adapters: Sequence[Adapter]) -> bool:

@@ -161,10 +161,11 @@ def save(
         )
     with io.atomic_folder(target, overwrite) as folder:
         written = io.write_safetensors(
-            folder / _WEIGHTS[0], document.tensors, document.metadata, order=order, progress=progress
+            folder / form.weights, document.tensors, document.metadata, order=order, progress=progress
         )
         text = _config_text(document.config)
-        (folder / CONFIG).write_text(text, "utf-8", newline="\n")
+        if text:
+            (folder / CONFIG).write_text(text, "utf-8", newline="\n")
     return written + len(text.encode())
 
 
@@ -172,13 +173,14 @@ def size(adapter: Adapter) -> int:
     """Bytes that ``save`` would write in the adapter's own layout, header and configuration included."""
     form = formats.get(adapter.layout.name)
     document = formats.document(adapter, adapter.layout, form)
-    header = io.build([(ref.name, ref.dtype, ref.shape) for ref in document.tensors], document.metadata)
+    specs = [(ref.name, ref.dtype, ref.shape) for ref in document.tensors]
+    header = io.build(specs if document.ordered else io.canonical_order(specs), document.metadata)
     config = len(_config_text(document.config).encode()) if form.folder else 0
     return len(header) + sum(ref.nbytes for ref in document.tensors) + config
 
 
 def _config_text(config: Mapping[str, Any] | None) -> str:
-    return json.dumps(config or {}, indent=2, ensure_ascii=False)
+    return json.dumps(dict(config), indent=2, ensure_ascii=False) if config is not None else ""
 
 
 def prepare(
@@ -190,7 +192,7 @@ def prepare(
         raise OptionError(f"nothing called {sorted(unknown)[0]!r} can be dropped", candidates=["extras"])
     if "extras" in set(drop) and adapter.extras:
         kept = tuple(key for key in adapter.order if key not in adapter.extras)
-        adapter = replace(adapter, extras={}, order=kept)
+        adapter = replace(adapter, extras={}, order=kept, config=without_extras(adapter.config))
     if dtype == "keep":
         return adapter
     if dtype not in STORE_DTYPES:
@@ -200,6 +202,12 @@ def prepare(
     # Hashes and orders of the old bytes say nothing of the new ones.
     order = adapter.order if layout is None and adapter.layout.name != "kohya" else ()
     return replace(adapter, modules=modules, order=order)
+
+
+def without_extras(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A PEFT configuration that announces no tensors beside the factors."""
+    announced = {"modules_to_save": None, "trainable_token_indices": None, "bias": "none"}
+    return {key: announced.get(key, value) for key, value in config.items()}
 
 
 def _cast_module(module: Module, dtype: str) -> Module:
@@ -212,6 +220,8 @@ def cast(ref: TensorRef, dtype: str) -> TensorRef:
     """The tensor in another store dtype; a value that becomes infinite is an error when it is loaded."""
     if ref.dtype == dtype or not DTYPES[ref.dtype].floating:
         return ref
+    if ref.transposed:
+        return cast(ref.flipped(), dtype).flipped()
 
     def load() -> Any:
         import torch

@@ -129,8 +129,33 @@ def describe(adapter: Adapter, *, path: str = "", size: int = 0, norms: bool = T
         unclaimed=tuple(adapter.extras),
         metadata=dict(adapter.metadata),
         training=_metadata.training(adapter.metadata, adapter.config),
-        warnings=(*adapter.notes, *_metadata.contradictions(adapter.metadata, ranks)),
+        warnings=(
+            *adapter.notes,
+            *_metadata.contradictions(adapter.metadata, ranks),
+            *_measured(modules, norms),
+        ),
     )
+
+
+def _measured(modules: Sequence[ModuleInfo], norms: bool) -> list[str]:
+    """What the norms say, and which modules have none."""
+    if not norms:
+        return []
+    said: list[str] = []
+    bad = [module.target for module in modules if module.norm is not None and math.isnan(module.norm)]
+    if bad:
+        said.append(f"{len(bad)} of {len(modules)} modules hold NaN or Inf (first: {bad[0]})")
+    zero = [module.target for module in modules if module.norm == 0]
+    if zero:
+        said.append(f"{len(zero)} of {len(modules)} modules are zero and change nothing (first: {zero[0]})")
+    unmeasured = [module for module in modules if module.norm is None]
+    if unmeasured:
+        kinds = sorted({"DoRA" if module.dora else module.kind for module in unmeasured})
+        said.append(
+            f"{len(unmeasured)} of {len(modules)} modules have no norm: "
+            f"ΔW of {', '.join(kinds)} is not a product of two factors alone"
+        )
+    return said
 
 
 def _module(module: Module, sigma: Any) -> ModuleInfo:
@@ -169,13 +194,14 @@ def _component(members: Sequence[ModuleInfo]) -> ComponentInfo:
     measured = [module for module in members if module.norm is not None]
     if not measured:
         return ComponentInfo(len(members), counted)
+    acting = [module for module in measured if module.norm] or measured
     return ComponentInfo(
         modules=len(members),
         ranks=counted,
         norm=math.sqrt(sum((module.norm or 0.0) ** 2 for module in measured)),
         spectral_norm=max(module.spectral_norm or 0.0 for module in measured),
-        stable_rank=_median(module.stable_rank or 0.0 for module in measured),
-        effective_rank=_median(module.effective_rank or 0.0 for module in measured),
+        stable_rank=_median(module.stable_rank or 0.0 for module in acting),
+        effective_rank=_median(module.effective_rank or 0.0 for module in acting),
         energy=_energy(measured),
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from loratools import formats
 from loratools.engine import local
-from loratools.errors import OutputExistsError
+from loratools.errors import OptionError, OutputExistsError
 from loratools.model import Adapter, Module, Target
 from loratools.ops import _combine, _merged, align, files
 from loratools.ops._combine import Combined
@@ -66,7 +66,7 @@ def merge(
         LoraError: The inputs cannot be merged; the message says which and why.
     """
     asked = request(
-        adapters,
+        align.clarified(adapters),
         weights=weights,
         component_weights=_specs(component_weights),
         block_weights=_specs(block_weights),
@@ -86,6 +86,8 @@ def merge(
         described = inputs.described()
     _combine.refuse_nonfinite(list(results.values()), [adapter.path for adapter in asked.adapters])
     modules = {target: each.module for target, each in results.items() if each.module is not None}
+    if not modules:
+        raise OptionError("every weight is 0: nothing is left to merge")
     notes = [note for adapter in asked.adapters for note in adapter.notes]
     notes += [each.note for each in results.values() if each.note]
     merged = Adapter(
@@ -94,7 +96,7 @@ def merge(
         metadata=_merged.metadata(asked.adapters, asked.method.name, described),
         arch=asked.arch,
         layout=asked.layout,
-        config=_merged.config(asked.adapters, modules),
+        config=_merged.config(asked.adapters, modules, extras),
         notes=tuple(dict.fromkeys(notes)),
     )
     return merged, _report(asked, merged, results, described, dropped)
@@ -143,7 +145,7 @@ def _report(
         method=asked.method.name,
         options={option.name: getattr(asked.options, option.field) for option in asked.method.options},
         inputs=tuple(inputs),
-        modules=tuple(_entry(target, merged.modules[target], results[target]) for target in merged.modules),
+        modules=tuple(_entry(target, module, results[target]) for target, module in merged.modules.items()),
         energy=sum(each.size for each in results.values()) / whole if whole else 1.0,
         layout=asked.layout.name,
         arch=asked.arch,

@@ -56,8 +56,8 @@ class ComponentInfo(NamedTuple):
         ranks: How many modules have each rank, by rank.
         norm: Frobenius norm over all its modules: sqrt(Σ norm²).
         spectral_norm: The largest of its modules'.
-        stable_rank: Median of its modules'.
-        effective_rank: Median of its modules'.
+        stable_rank: Median of its modules', those left out that are zero.
+        effective_rank: Likewise.
         energy: Fraction of Σσ² over all its modules kept if each is cut to a rank, by rank.
     """
 

@@ -28,7 +28,9 @@ def parts(shape: tuple[int, int], device: str) -> list[methods.Part]:
     return found
 
 
-def seconds(name: str, options: dict[str, float], shape: tuple[int, int], device: str, runs: int = 16) -> float:
+def seconds(
+    name: str, options: dict[str, float], shape: tuple[int, int], device: str, runs: int = 16
+) -> float:
     """Mean seconds per module, several modules side by side as a merge has them."""
     method, settings = methods.methods()[name], methods.Options(**options)
 

@@ -11,6 +11,7 @@ import factories as make
 import pytest
 
 import loratools as lt
+from loratools import formats
 from loratools.errors import NotAnAdapterError, UnsafePickleError
 from loratools.ops import files
 from loratools.tensors import TensorRef
@@ -146,10 +147,11 @@ def test_every_adapter_is_written_back_byte_for_byte(row: dict[str, str], tmp_pa
     path = CORPUS / row["path"]
     adapter = read(row["path"])
     before = make.digest(path)
-    output = tmp_path / ("out" if adapter.layout.name == "peft" else "out.safetensors")
+    form = formats.get(adapter.layout.name)
+    output = tmp_path / ("out" if form.folder else "out.safetensors")
     lt.save(adapter, output)
     assert make.digest(path) == before
-    new, metadata = make.read_safetensors(output / "adapter_model.safetensors" if output.is_dir() else output)
+    new, metadata = make.read_safetensors(output / form.weights if output.is_dir() else output)
     assert metadata == dict(adapter.metadata)
     if path.suffix == ".safetensors":
         old, said = make.read_safetensors(path)

@@ -7,6 +7,7 @@ import pytest
 from loratools import kinds
 from loratools.formats._group import clean
 from loratools.formats._parse import split
+from loratools.kinds._base import SPARSE
 from loratools.registry import scan
 
 SPELLINGS = [
@@ -141,7 +142,7 @@ def test_every_role_that_a_kind_needs_can_be_spelt() -> None:
 def test_no_spelling_of_a_factor_is_beyond_every_kind() -> None:
     from loratools.formats import _parse
 
-    known = {"alpha", "magnitude", "scalar", "embedding_up", "embedding_down"}
+    known = {"alpha", "magnitude", "scalar", "embedding_up", "embedding_down", *SPARSE}
     for kind in scan("loratools.kinds", "KIND").values():
         known |= set(kind.may) | {role for need in kind.needs for role in need}
     unread = {suffix.role for suffix in _parse._SUFFIXES.values()} - known
