@@ -80,8 +80,7 @@ class Layout(NamedTuple):
         return f"{self.name} ({self.variant})" if self.variant else self.name
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Module:
+class Module(NamedTuple):
     """One adapted weight: the factors of a kind, and the scale they are applied with.
 
     Attributes:

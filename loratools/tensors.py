@@ -253,7 +253,7 @@ def from_scalar(name: str, value: float, dtype: str = "F32") -> TensorRef:
     if code is None:
         raise MalformedFileError(f"{name}: a number cannot be stored as {dtype}")
     number = value if DTYPES[dtype].floating else int(value)
-    return TensorRef(name, (), dtype, BytesSource(memoryview(struct.pack(code, number))))
+    return TensorRef(name, (), dtype, BytesSource(memoryview(bytearray(struct.pack(code, number)))))
 
 
 def dtype_of(tensor: torch.Tensor) -> str:

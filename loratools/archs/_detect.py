@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from loratools.archs._arch import Arch, Resolved
@@ -22,8 +21,7 @@ from loratools.registry import scan
 UNKNOWN = "unknown"
 
 
-@dataclass(frozen=True, slots=True)
-class Detection:
+class Detection(NamedTuple):
     """The architecture found, and what its names mean.
 
     Attributes:
@@ -38,7 +36,7 @@ class Detection:
     candidates: tuple[str, ...] = ()
     coverage: float = 0.0
     notes: tuple[str, ...] = ()
-    resolved: Mapping[str, Resolved] = field(default_factory=lambda: EMPTY)
+    resolved: Mapping[str, Resolved] = EMPTY
 
 
 # Components of an image or video pipeline: its text encoders do not make it a language model.

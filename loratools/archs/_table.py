@@ -217,8 +217,7 @@ def _enter(index: dict[str, list[_Bucket]], name: Name) -> None:
         bucket.names[key] = known._replace(dialect=None)
 
 
-@dataclass(frozen=True, eq=False)
-class Component:
+class Component(NamedTuple):
     """One network of a model, and how files mark and spell its weights.
 
     Attributes:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -23,8 +22,7 @@ Examples:
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A file to look at.
 
     Attributes:
@@ -32,12 +30,12 @@ class Entry:
         named: Whether the user named it, rather than a folder that it lies in.
     """
 
-    path: Path
+    path: str
     named: bool
 
 
 @click.command("info", epilog=_EPILOG, short_help="What each file is.")
-@click.argument("paths", metavar="[PATH]...", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("paths", metavar="[PATH]...", nargs=-1, type=click.Path())
 @click.option("--modules", is_flag=True, help="List every module of each adapter.")
 @click.option("--no-norms", is_flag=True, help="Read headers only: no norms, spectra and energies.")
 @options.arch
@@ -45,7 +43,7 @@ class Entry:
 @click.pass_context
 def command(
     ctx: click.Context,
-    paths: Sequence[Path],
+    paths: Sequence[str],
     modules: bool,
     no_norms: bool,
     arch: str | None,
@@ -82,12 +80,12 @@ def command(
         ctx.exit(1)
 
 
-def _named(paths: Sequence[Path]) -> Iterator[Entry]:
+def _named(paths: Sequence[str]) -> Iterator[Entry]:
     """What the user named; a folder of files becomes its files."""
     from loratools.ops import inspect
 
     for path in paths:
-        if path.is_dir() and not _single(path):
+        if os.path.isdir(path) and not _single(path):
             yield from (Entry(found, named=False) for found in inspect.candidates(path))
         else:
             yield Entry(path, named=True)
@@ -97,18 +95,16 @@ def _here() -> Iterator[Entry]:
     """The current folder, if it is an adapter itself; else its files and the adapter folders in it."""
     from loratools.ops import inspect
 
-    here = Path()
-    if _single(here):
-        yield Entry(here, named=False)
+    if _single("."):
+        yield Entry(".", named=False)
         return
-    inside = sorted(path for path in here.iterdir() if not path.name.startswith("."))
-    files = {path for path in inspect.candidates(here) if len(path.parts) == 1}
-    for path in inside:
-        if path in files or (path.is_dir() and _single(path)):
-            yield Entry(path, named=False)
+    files = {os.path.basename(path) for path in inspect.candidates(".") if os.path.dirname(path) == "."}
+    for name in sorted(os.listdir(".")):
+        if name in files or (not name.startswith(".") and os.path.isdir(name) and _single(name)):
+            yield Entry(name, named=False)
 
 
-def _single(folder: Path) -> bool:
+def _single(folder: str) -> bool:
     """Whether a folder is one adapter or model; one that cannot be read is, and will say why."""
     from loratools.errors import LoraError
     from loratools.ops import inspect
@@ -130,14 +126,14 @@ def _look(
     with output.progress("reading", quiet=quiet or len(entries) < 2) as progress:
         for number, entry in enumerate(entries):
             if progress is not None:
-                progress(entry.path.name, number, len(entries))
+                progress(os.path.basename(entry.path), number, len(entries))
             try:
                 found.append(inspect.info(entry.path, norms=norms, arch=arch))
             except Exception as error:
                 if entry.named and failures.debugging(ctx):
                     raise
-                size = entry.path.stat().st_size if entry.path.is_file() else 0
-                found.append(Info(path=str(entry.path), bytes=size, error=failures.message(error)))
+                size = os.path.getsize(entry.path) if os.path.isfile(entry.path) else 0
+                found.append(Info(path=entry.path, bytes=size, error=failures.message(error)))
     return found
 
 
@@ -157,11 +153,11 @@ def _write_one(info: Info, *, modules: bool) -> None:
 
 
 def _write_several(
-    infos: Sequence[Info], failed: Sequence[Info], paths: Sequence[Path], *, modules: bool
+    infos: Sequence[Info], failed: Sequence[Info], paths: Sequence[str], *, modules: bool
 ) -> None:
     """A table, why files of a folder cannot be read, and every module where that was asked for."""
     if not infos:
-        where = ", ".join(map(str, paths)) if paths else f"the current folder ({Path.cwd()})"
+        where = ", ".join(paths) if paths else f"the current folder ({os.getcwd()})"
         click.echo(f"No adapters in {where}. Name a file or another folder: loratools info PATH")
         return
     from loratools.report.table_text import table_text

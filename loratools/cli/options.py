@@ -19,7 +19,7 @@ Callback = Callable[[click.Context, click.Parameter, Any], Any]
 
 # Every library that may hold a thread pool reads one of these when it is imported.
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+_DEVICE = r"auto|cpu|mps|cuda(:\d+)?"
 
 
 def registered(package: str, constant: str, word: str) -> Callback:
@@ -49,7 +49,7 @@ def registered(package: str, constant: str, word: str) -> Callback:
 
 def device(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """Callback of --device: the spelling is checked here; whether it is there, the operation finds out."""
-    if not _DEVICE.fullmatch(value):
+    if not re.fullmatch(_DEVICE, value):
         text = f"{value!r} is no device. Choose auto, cpu, cuda, cuda:N or mps."
         raise click.BadParameter(text, ctx, param)
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -9,6 +10,9 @@ from typing import Any, NamedTuple, Protocol
 from loratools.errors import LayoutError
 from loratools.model import EMPTY, Adapter, Layout, Module, Target
 from loratools.tensors import TensorRef
+
+
+_LONGEST_PREFIX = 40
 
 
 class Group:
@@ -78,7 +82,13 @@ class Facts:
         """The fraction of modules whose stem begins with one of these prefixes."""
         if not self.groups:
             return 0.0
-        return sum(stem.startswith(prefixes) for stem in self.groups) / len(self.groups)
+        found = sum(count for head, count in self._heads.items() if head.startswith(prefixes))
+        return found / len(self.groups)
+
+    @cached_property
+    def _heads(self) -> Counter[str]:
+        """How the stems begin, as far as any prefix reaches: far fewer than there are stems."""
+        return Counter([stem[:_LONGEST_PREFIX] for stem in self.groups])
 
 
 class Scale(NamedTuple):

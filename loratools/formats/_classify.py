@@ -47,7 +47,7 @@ _BASE = (
     "decoder.",
     "lm_head.",
 )
-_TOKEN = re.compile(r"<[^<>]+>|\*")
+_TOKEN = r"<[^<>]+>|\*"
 _TOKEN_WIDTHS = {768, 1024, 1280, 2048, 4096}
 
 
@@ -95,7 +95,7 @@ def _textual_inversion(facts: Facts, extras: Mapping[str, TensorRef]) -> bool:
         return False
     if set(facts.keys) <= {"clip_l", "clip_g", "t5xxl"}:
         return True
-    named = all(_TOKEN.fullmatch(key) or "." not in key for key in facts.keys)
+    named = all(re.fullmatch(_TOKEN, key) or "." not in key for key in facts.keys)
     return named and all(
         1 <= len(ref.shape) <= 2 and ref.shape[-1] in _TOKEN_WIDTHS for ref in extras.values()
     )

@@ -11,12 +11,12 @@ from loratools.formats._parse import Part, split
 from loratools.tensors import TensorRef
 
 # Put around a model by training frameworks; the weight below is the same.
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod)\.")
+_WRAPPERS = r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod)\."
 _PEFT = "base_model.model."
 
 # diffusers' first format names the projections after the attention processor's attributes.
-_PROCESSOR_OUT = re.compile(r"\.to_out$")
-_CLIP_PROJECTION = re.compile(r"\.self_attn\.to_(q|k|v|out)$")
+_PROCESSOR_OUT = r"\.to_out$"
+_CLIP_PROJECTION = r"\.self_attn\.to_(q|k|v|out)$"
 
 _STEMLESS = "(whole model)"
 
@@ -72,15 +72,15 @@ def _stem(part: Part) -> str:
 
 def clean(stem: str, style: str = "") -> str:
     """A stem without the wrappers that frameworks put around or inside a model's names."""
-    name = _WRAPPERS.sub("", stem) if "_fsdp_wrapped_module" in stem or "_orig_mod" in stem else stem
+    name = re.sub(_WRAPPERS, "", stem) if "_fsdp_wrapped_module" in stem or "_orig_mod" in stem else stem
     while name.startswith(_PEFT):
         name = name[len(_PEFT) :]
     if style == "attn-procs":
         name = name.replace(".processor.", ".")
-        found = _CLIP_PROJECTION.search(name)
+        found = re.search(_CLIP_PROJECTION, name)
         if found:
             return name[: found.start()] + f".self_attn.{found[1]}_proj"
-        name = _PROCESSOR_OUT.sub(".to_out.0", name)
+        name = re.sub(_PROCESSOR_OUT, ".to_out.0", name)
     return name
 
 

@@ -139,10 +139,11 @@ _GLUED: dict[str, Suffix] = {
     ":up": Suffix("up", "cloneofsimo"),
 }
 
-_SAM = re.compile(r"w_(a|b)_(\d+)")
+_SAM = r"w_(a|b)_(\d+)"
 
 # A raw model.state_dict() leaves the adapter's name after the factor: lora_A.default.weight.
-_NAMED = re.compile(
+# Compiled when a key asks for it, which few do.
+_NAMED = (
     r"^(?P<stem>.+)\.(?P<factor>lora_A|lora_B|lora_E|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
     r"|ia3_l|ranknum|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?|oft_R|vera_lambda_[bd])"
     r"\.(?P<name>[^.]+)(?P<end>\.weight|\.bias)?$"
@@ -180,14 +181,14 @@ def _split_glued(key: str) -> Part | None:
     for tail, suffix in _GLUED.items():
         if key.endswith(tail) and len(key) > len(tail):
             return Part(key[: -len(tail)], suffix)
-    found = _SAM.fullmatch(key)
+    found = re.fullmatch(_SAM, key)
     if found:
         return Part(f"w_{found[2]}", Suffix("down" if found[1] == "a" else "up", "sam"))
     return None
 
 
 def _split_named(key: str) -> Part | None:
-    found = _NAMED.match(key)
+    found = re.match(_NAMED, key)
     if not found:
         return None
     suffix = _SUFFIXES.get(found["factor"] + (found["end"] or "")) or _SUFFIXES.get(found["factor"])

@@ -1,11 +1,18 @@
 """Files ↔ lazy tensors: safetensors, the pickles of torch.save, numpy's npz."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from loratools.io._entries import Entry
-from loratools.io.atomic import atomic_folder, atomic_output
 from loratools.io.header import Header, build, canonical_key, canonical_order, parse
 from loratools.io.mapped import TensorFile
 from loratools.io.reader import open_tensors, sniff
-from loratools.io.writer import write_safetensors
+
+if TYPE_CHECKING:
+    from loratools.io.atomic import atomic_folder, atomic_output
+    from loratools.io.writer import write_safetensors
 
 __all__ = [
     "Entry",
@@ -21,3 +28,18 @@ __all__ = [
     "sniff",
     "write_safetensors",
 ]
+
+
+_LATER = {
+    "atomic_folder": "loratools.io.atomic",
+    "atomic_output": "loratools.io.atomic",
+    "write_safetensors": "loratools.io.writer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Writing needs more of the standard library than reading, which has to begin quickly."""
+    home = _LATER.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)

@@ -7,7 +7,6 @@ Format: https://huggingface.co/docs/safetensors (section "Format").
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -194,11 +193,12 @@ def _load_plain(text: str) -> dict[str, Any] | None:
     table = json.loads(text)
     if not isinstance(table, dict) or marks != [len(table) - described] * 3:
         return None
-    found = _METADATA_VALUE.search(text)
-    if described and found is None:
-        return None
-    if found is not None:
-        _CAREFUL.raw_decode(text, found.end())
+    if described:
+        key = f'"{_METADATA}"'
+        rest = text[text.index(key) + len(key) :].lstrip(_SPACES)
+        if not rest.startswith(":"):
+            return None
+        _CAREFUL.raw_decode(rest[1:].lstrip(_SPACES))
     return table
 
 
@@ -210,7 +210,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-_METADATA_VALUE = re.compile(rf'"{_METADATA}"\s*:\s*')
+_SPACES = " \t\r\n"
 _CAREFUL = json.JSONDecoder(object_pairs_hook=_unique)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -108,7 +108,7 @@ def _carried(module: Module, asked: Request, target: Target) -> Module:
     if owner.layout[:2] == asked.layout[:2]:
         return module
     factors = {role: _settled(ref).renamed("") for role, ref in module.factors.items()}
-    return replace(module, factors=factors, alpha_tensor=None)
+    return module._replace(factors=factors, alpha_tensor=None)
 
 
 def _settled(ref: TensorRef) -> TensorRef:

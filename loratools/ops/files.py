@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 from loratools import formats, io
@@ -33,9 +32,10 @@ SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".npz", ".gguf")
 PathLike = str | os.PathLike[str]
 
 
-def weights_of(folder: Path) -> Path | None:
+def weights_of(folder: str) -> str | None:
     """The file that holds a folder's adapter, or None where the folder is not an adapter's."""
-    return next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    found = (os.path.join(folder, name) for name in _WEIGHTS)
+    return next((path for path in found if os.path.isfile(path)), None)
 
 
 def read(path: PathLike, *, arch: str | None = None) -> Adapter:
@@ -48,8 +48,7 @@ def read(path: PathLike, *, arch: str | None = None) -> Adapter:
     Raises:
         LoraError: It cannot be read.
     """
-    given = Path(path)
-    file = _file(given)
+    file = _file(os.fspath(path))
     opened = io.open_tensors(file)
     config = _config(file, opened.tensors)
     keys = list(opened.tensors)
@@ -61,7 +60,7 @@ def read(path: PathLike, *, arch: str | None = None) -> Adapter:
         container=opened.container,
         sequence=listed and len(keys) > 1,
         arch=arch,
-        path=str(file),
+        path=file,
     )
 
 
@@ -77,15 +76,15 @@ def load(path: PathLike, *, arch: str | None = None) -> Adapter:
     return adapter
 
 
-def _file(given: Path) -> Path:
-    if not given.is_dir():
+def _file(given: str) -> str:
+    if not os.path.isdir(given):
         return given
     found = weights_of(given)
     if found is not None:
         return found
-    names = sorted(entry.name for entry in given.iterdir() if entry.suffix in SUFFIXES)
+    names = sorted(name for name in os.listdir(given) if name.lower().endswith(SUFFIXES))
     if len(names) == 1:
-        return given / names[0]
+        return os.path.join(given, names[0])
     raise MissingFileError(
         "the folder holds no adapter" if not names else f"the folder holds {len(names)} weight files",
         path=given,
@@ -95,14 +94,16 @@ def _file(given: Path) -> Path:
     )
 
 
-def _config(file: Path, tensors: Mapping[str, TensorRef]) -> Mapping[str, Any]:
+def _config(file: str, tensors: Mapping[str, TensorRef]) -> Mapping[str, Any]:
     """adapter_config.json, where the file is one that it describes rather than a mere neighbour."""
-    beside = file.parent / CONFIG
-    described = "adapter" in file.name.lower() or any(key.startswith("base_model.") for key in tensors)
-    if not described or not beside.is_file():
+    folder, name = os.path.split(file)
+    beside = os.path.join(folder, CONFIG)
+    described = "adapter" in name.lower() or any(key.startswith("base_model.") for key in tensors)
+    if not described or not os.path.isfile(beside):
         return {}
     try:
-        config = json.loads(beside.read_text("utf-8"))
+        with open(beside, encoding="utf-8") as stream:
+            config = json.load(stream)
     except (ValueError, OSError) as error:
         raise MalformedFileError(
             f"the configuration cannot be read: {error}", path=beside, expected="A JSON object was expected"
@@ -144,9 +145,10 @@ def save(
     form = formats.get(prepared.layout.name) if layout is None else formats.get(layout)
     document = formats.document(prepared, _layout(adapter, form), form)
     order: Literal["given", "canonical"] = "given" if document.ordered else "canonical"
-    target = Path(path)
+    target = os.fspath(path)
+    suffix = os.path.splitext(target)[1].lower()
     if not form.folder:
-        _refuse_suffix(target)
+        _refuse_suffix(target, suffix)
         return io.write_safetensors(
             target,
             document.tensors,
@@ -155,7 +157,7 @@ def save(
             order=order,
             progress=progress,
         )
-    if target.suffix in SUFFIXES:
+    if suffix in SUFFIXES:
         raise OptionError(
             f"the {form.title} layout is a folder", path=target, todo="Give a folder's name, or another --to"
         )
@@ -213,7 +215,7 @@ def without_extras(config: Mapping[str, Any]) -> dict[str, Any]:
 def _cast_module(module: Module, dtype: str) -> Module:
     factors = {role: cast(ref, dtype) for role, ref in module.factors.items()}
     magnitude = cast(module.magnitude, dtype) if module.magnitude is not None else None
-    return replace(module, factors=factors, magnitude=magnitude)
+    return module._replace(factors=factors, magnitude=magnitude)
 
 
 def cast(ref: TensorRef, dtype: str) -> TensorRef:
@@ -247,10 +249,8 @@ def _layout(adapter: Adapter, form: formats.Format) -> Layout:
     return Layout(form.name, "peft-keys" if form.name == "diffusers" else "")
 
 
-def _refuse_suffix(target: Path) -> None:
-    if target.suffix in (".ckpt", ".pt", ".pth", ".bin", ".npz", ".gguf"):
+def _refuse_suffix(target: str, suffix: str) -> None:
+    if suffix in SUFFIXES and suffix != ".safetensors":
         raise LayoutError(
-            f"a {target.suffix} file is not written",
-            path=target,
-            todo="Give a name that ends in .safetensors",
+            f"a {suffix} file is not written", path=target, todo="Give a name that ends in .safetensors"
         )

@@ -6,17 +6,14 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from loratools import archs
-from loratools.errors import LoraError, MissingFileError
+from loratools.errors import MalformedFileError
 from loratools.model import Adapter, Module
 from loratools.ops import _metadata, files
 from loratools.ops.results import ComponentInfo, Info, ModuleInfo
-
-Progress = Callable[[str, int, int], None]
 
 
 def info(path: files.PathLike, *, norms: bool = True, arch: str | None = None) -> Info:
@@ -30,68 +27,61 @@ def info(path: files.PathLike, *, norms: bool = True, arch: str | None = None) -
     Raises:
         LoraError: It cannot be read.
     """
-    given = Path(path)
-    if given.is_dir():
+    given = os.fspath(path)
+    if os.path.isdir(given):
         model = _model_folder(given)
         if model is not None:
             return model
     adapter = files.read(given, arch=arch)
-    size = os.path.getsize(adapter.path)
-    return describe(adapter, path=str(path), size=size, norms=norms)
+    return describe(adapter, path=given, size=_size(adapter.path), norms=norms)
 
 
-def walk(folder: files.PathLike, *, norms: bool = True, progress: Progress | None = None) -> Iterator[Info]:
-    """An entry for every file below a folder that could be an adapter or a model; unreadable ones carry an error."""
-    found = list(candidates(Path(folder)))
-    for number, path in enumerate(found):
-        if progress is not None:
-            progress(str(path), number, len(found))
-        try:
-            yield info(path, norms=norms)
-        except LoraError as error:
-            yield Info(path=str(path), bytes=_size(path), error=str(error))
-
-
-def candidates(folder: Path) -> Iterator[Path]:
+def candidates(folder: str) -> Iterator[str]:
     """Files below a folder that could be an adapter or a model, hidden folders left out, in order of names."""
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if name.lower().endswith(files.SUFFIXES) and not name.startswith("."):
-                yield Path(where) / name
+                yield os.path.join(where, name)
 
 
-def is_single(folder: Path) -> bool:
+def is_single(folder: str) -> bool:
     """Whether a folder is itself an adapter or a model, rather than a place where some lie."""
-    adapter = (folder / files.CONFIG).is_file() and files.weights_of(folder) is not None
-    return adapter or _model_folder(folder) is not None
+    described = os.path.isfile(os.path.join(folder, files.CONFIG))
+    return (described and files.weights_of(folder) is not None) or _model_folder(folder) is not None
 
 
-def _size(path: Path) -> int:
+def _size(path: str) -> int:
     try:
-        return path.stat().st_size
+        return os.path.getsize(path)
     except OSError:
         return 0
 
 
-def _model_folder(folder: Path) -> Info | None:
+def _model_folder(folder: str) -> Info | None:
     """A diffusers model or a sharded checkpoint, by its index."""
-    index = next(iter(sorted(folder.glob("*.index.json"))), None)
-    if (folder / "model_index.json").is_file():
-        return Info(path=str(folder), type="checkpoint", layout="diffusers", bytes=_tree_size(folder))
+    names = sorted(os.listdir(folder))
+    if "model_index.json" in names:
+        return Info(path=folder, type="checkpoint", layout="diffusers", bytes=_tree_size(folder))
+    index = next((name for name in names if name.endswith(".index.json")), None)
     if index is None:
         return None
+    path = os.path.join(folder, index)
     try:
-        shards = json.loads(index.read_text("utf-8")).get("weight_map", {})
-    except (ValueError, OSError, AttributeError) as error:
-        raise MissingFileError(f"the index cannot be read: {error}", path=index) from error
-    return Info(
-        path=str(folder), type="checkpoint", layout="sharded", bytes=_tree_size(folder), tensors=len(shards)
-    )
+        with open(path, encoding="utf-8") as stream:
+            shards = json.load(stream)["weight_map"]
+        count = len(shards)
+    except (ValueError, OSError, TypeError, KeyError) as error:
+        raise MalformedFileError(
+            f"the index cannot be read: {error}",
+            path=path,
+            expected="An object with a weight_map was expected",
+        ) from error
+    return Info(path=folder, type="checkpoint", layout="sharded", bytes=_tree_size(folder), tensors=count)
 
 
-def _tree_size(folder: Path) -> int:
-    return sum(_size(path) for path in folder.rglob("*") if path.is_file())
+def _tree_size(folder: str) -> int:
+    return sum(_size(os.path.join(where, name)) for where, _, names in os.walk(folder) for name in names)
 
 
 def describe(adapter: Adapter, *, path: str = "", size: int = 0, norms: bool = True) -> Info:

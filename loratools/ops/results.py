@@ -1,7 +1,5 @@
 """What operations return: plain values that a report shows and ``--json`` writes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 

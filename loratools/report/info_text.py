@@ -10,12 +10,11 @@ from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from loratools.ops.results import ComponentInfo, Info, ModuleInfo
 from loratools.report import values
-from loratools.report.tables import Column, folded, table
+from loratools.report.tables import Column, folded, pairs, table
 from loratools.report.values import Symbols, clean
 
 TYPES = {
@@ -42,7 +41,7 @@ _HASH_SHOWN = 12
 # The panel's borders and padding, in cells.
 _FRAME = 4
 _VALUE_SHOWN = 240
-_HASH = re.compile(r"(?:0x|sha256:)?[0-9a-fA-F]{24,}")
+_HASH = r"(?:0x|sha256:)?[0-9a-fA-F]{24,}"
 
 
 def info_text(info: Info, *, width: int, symbols: Symbols, modules: bool = False) -> RenderableType:
@@ -60,7 +59,7 @@ def info_text(info: Info, *, width: int, symbols: Symbols, modules: bool = False
     if modules:
         parts += [_modules(name, members, width, symbols) for name, members in _by_component(info).items()]
     if info.training or info.metadata:
-        parts.append(_training(info, symbols))
+        parts.append(pairs(_training(info, symbols), width=width))
     if info.unclaimed:
         parts.append(_unclaimed(info, symbols))
     warnings = [Text(f"Warning: {clean(each)}", style="yellow") for each in info.warnings]
@@ -199,17 +198,12 @@ def _modules(component: str, members: list[ModuleInfo], width: int, symbols: Sym
     return table(columns, width=width, symbols=symbols, title=title)
 
 
-def _training(info: Info, symbols: Symbols) -> RenderableType:
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
+def _training(info: Info, symbols: Symbols) -> Iterator[tuple[str, str]]:
     for name, value in info.training.items():
         shown = _tags(value, symbols) if isinstance(value, Mapping) else _shortened(clean(value), symbols)
-        grid.add_row(Text(clean(name)), Text(shown))
+        yield clean(name), shown
     if info.metadata:
-        fields = values.plural(len(info.metadata), "field")
-        grid.add_row(Text("metadata"), Text(f"{fields} (all of them: --json)"))
-    return Padding(grid, (0, 0, 1, 1), expand=False)
+        yield "metadata", f"{values.plural(len(info.metadata), 'field')} (all of them: --json)"
 
 
 def _tags(tags: Mapping[str, Any], symbols: Symbols) -> str:
@@ -219,7 +213,7 @@ def _tags(tags: Mapping[str, Any], symbols: Symbols) -> str:
 
 
 def _shortened(value: str, symbols: Symbols) -> str:
-    if _HASH.fullmatch(value):
+    if re.fullmatch(_HASH, value):
         return value[:_HASH_SHOWN] + symbols.more
     return value if len(value) <= _VALUE_SHOWN else value[:_VALUE_SHOWN].rstrip() + symbols.more
 

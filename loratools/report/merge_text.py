@@ -7,14 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from loratools.ops.results import MergeReport
 from loratools.report import values
 from loratools.report.info_text import rank_histograms
 from loratools.report.table_text import short_paths
-from loratools.report.tables import Column, table
+from loratools.report.tables import Column, pairs, table
 from loratools.report.values import Symbols, clean
 
 _KEYS_SHOWN = 5
@@ -29,7 +28,10 @@ def merge_text(report: MergeReport, *, width: int, symbols: Symbols, dry_run: bo
         symbols: What the output can show.
         dry_run: Whether nothing was written.
     """
-    parts: list[RenderableType] = [_inputs(report, width, symbols), _summary(report, symbols, dry_run)]
+    parts: list[RenderableType] = [
+        _inputs(report, width, symbols),
+        pairs(_facts(report, symbols, dry_run), width=width),
+    ]
     components = _ranks_by_component(report)
     varied = {name: ranks for name, ranks in components.items() if len(ranks) > 2}
     if len(components) > 1 or dry_run:
@@ -52,15 +54,6 @@ def _inputs(report: MergeReport, width: int, symbols: Symbols) -> RenderableType
         Column("sha256", [clean(one.get("sha256", ""))[:12] for one in each], priority=4),
     ]
     return table(columns, width=width, symbols=symbols)
-
-
-def _summary(report: MergeReport, symbols: Symbols, dry_run: bool) -> RenderableType:
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, value in _facts(report, symbols, dry_run):
-        grid.add_row(Text(name), Text(value))
-    return Padding(grid, (0, 0, 1, 1), expand=False)
 
 
 def _facts(report: MergeReport, symbols: Symbols, dry_run: bool) -> Iterator[tuple[str, str]]:

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
-from rich import box
 from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
-from loratools.report.values import ASCII, Symbols
+from loratools.report.values import Symbols
 
 _INDENT = 1
 _GAP = 2
 # After what a name may go on in the next line, best first.
 _JOINTS = ("/\\", ".", "_- ")
-_ASCII_RULE = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
+class Column(NamedTuple):
     """One column of a table.
 
     Attributes:
@@ -60,27 +55,64 @@ def table(columns: Sequence[Column], *, width: int, symbols: Symbols, title: str
     """
     filled = [column for column in columns if any(column.cells)]
     kept, dropped = fitted(filled, width)
-    shown = Table(
-        box=_ASCII_RULE if symbols is ASCII else box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, _GAP - 1, 0, 0),
-        title=title or None,
-        title_justify="left",
-        title_style="bold",
-        header_style="dim",
-    )
     # What the others leave is for the names.
     room = width - _total(kept) + sum(column.least for column in kept if column.fold)
-    for column in kept:
-        justify: Literal["left", "right"] = "right" if column.right else "left"
-        shown.add_column(Text(column.head), justify=justify, no_wrap=True, min_width=column.least)
-    for row in zip(*(_cells(column, room) for column in kept), strict=True):
-        shown.add_row(*row)
-    below = (
-        [Text(f"no room for: {', '.join(column.head for column in dropped)}", style="dim")] if dropped else []
-    )
-    return Padding(Group(shown, *below), (0, 0, 1, _INDENT), expand=False)
+    cells = [_folded_cells(column, room) for column in kept]
+    widths = [
+        max([cell_len(column.head), *(cell_len(line) for lines in own for line in lines)])
+        for column, own in zip(kept, cells, strict=True)
+    ]
+    lines = [Text(title, style="bold")] if title else []
+    heads = [(column.head, "dim") for column in kept]
+    lines.append(_line(kept, widths, heads))
+    lines.append(Text(symbols.rule * (sum(widths) + _GAP * (len(widths) - 1)), style="dim"))
+    for row in range(len(kept[0].cells) if kept else 0):
+        lines += _row(kept, widths, [own[row] for own in cells], row)
+    if dropped:
+        lines.append(Text(f"no room for: {', '.join(column.head for column in dropped)}", style="dim"))
+    return _indented(lines)
+
+
+def pairs(rows: Iterable[tuple[str, str]], *, width: int) -> RenderableType:
+    """Names and what they are, one below the other; long values fold."""
+    found = [(name, value) for name, value in rows if value]
+    wide = max((cell_len(name) for name, _ in found), default=0)
+    lines: list[Text] = []
+    for name, value in found:
+        first, *others = folded(value, max(1, width - _INDENT - wide - _GAP)).split("\n")
+        lines.append(Text.assemble((_padded(name, wide + _GAP), "dim"), first))
+        lines += [Text(" " * (wide + _GAP) + other) for other in others]
+    return _indented(lines)
+
+
+def _indented(lines: Sequence[Text]) -> RenderableType:
+    for line in lines:
+        line.no_wrap = True
+    return Padding(Group(*lines), (0, 0, 1, _INDENT), expand=False)
+
+
+def _row(
+    columns: Sequence[Column], widths: Sequence[int], cells: Sequence[Sequence[str]], row: int
+) -> Iterator[Text]:
+    """A row's lines: several where a name folds."""
+    styles = [column.style[row] if column.style else "" for column in columns]
+    for line in range(max(len(lines) for lines in cells)):
+        texts = [lines[line] if line < len(lines) else "" for lines in cells]
+        yield _line(columns, widths, list(zip(texts, styles, strict=True)))
+
+
+def _line(columns: Sequence[Column], widths: Sequence[int], cells: Sequence[tuple[str, str]]) -> Text:
+    found = Text()
+    last = len(columns) - 1
+    for number, (column, width, (text, style)) in enumerate(zip(columns, widths, cells, strict=True)):
+        found.append(_padded(text, width, right=column.right), style=style or None)
+        found.append(" " * _GAP if number < last else "")
+    return found
+
+
+def _padded(text: str, width: int, *, right: bool = False) -> str:
+    space = " " * (width - cell_len(text))
+    return space + text if right else text + space
 
 
 def fitted(columns: Sequence[Column], width: int) -> tuple[list[Column], list[Column]]:
@@ -118,12 +150,11 @@ def _cut(name: str, width: int) -> int:
     return len(name)
 
 
-def _cells(column: Column, room: int) -> Iterator[Text]:
-    styles = column.style or [""] * len(column.cells)
-    for cell, style in zip(column.cells, styles, strict=True):
-        yield Text(folded(cell, max(room, column.least)) if column.fold else cell, style=style)
+def _folded_cells(column: Column, room: int) -> list[list[str]]:
+    """Each cell's lines."""
+    width = max(room, column.least)
+    return [(folded(cell, width) if column.fold else cell).split("\n") for cell in column.cells]
 
 
 def _total(columns: Sequence[Column]) -> int:
-    # rich 13 reserves the padding of the last column too, though it draws none.
-    return sum(column.least + _GAP for column in columns) - 1 + _INDENT
+    return sum(column.least + _GAP for column in columns) - _GAP + _INDENT

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 _SIZES = ("B", "kB", "MB", "GB", "TB")
 _BINS = 24
 
 
-@dataclass(frozen=True, slots=True)
-class Symbols:
+class Symbols(NamedTuple):
     """The characters beyond ASCII that a report uses, or what stands in for them.
 
     Attributes:
@@ -20,6 +19,7 @@ class Symbols:
         dash: Between the ends of a range.
         more: Where something was left out.
         bars: Eight bars of growing height.
+        rule: What a line under headings is made of.
     """
 
     times: str = "×"
@@ -27,16 +27,17 @@ class Symbols:
     dash: str = "–"
     more: str = "…"
     bars: str = "▁▂▃▄▅▆▇█"
+    rule: str = "─"
 
 
 UNICODE = Symbols()
-ASCII = Symbols(times="x", dot="|", dash="-", more="...", bars=".:-=+*#@")
+ASCII = Symbols(times="x", dot="|", dash="-", more="...", bars=".:-=+*#@", rule="-")
 
 
 def symbols_for(encoding: str | None) -> Symbols:
     """The symbols that an output of this encoding can show."""
     try:
-        (UNICODE.bars + UNICODE.more + UNICODE.dash).encode(encoding or "ascii")
+        "".join(UNICODE).encode(encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
         return ASCII
     return UNICODE

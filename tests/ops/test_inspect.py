@@ -151,21 +151,19 @@ def test_what_is_no_adapter_is_described(tmp_path: Path) -> None:
     assert found.unclaimed == ("<style>",)
 
 
-def test_a_folder_is_walked_and_errors_are_entries(tmp_path: Path) -> None:
+def test_candidates_of_a_folder_are_its_visible_weight_files(tmp_path: Path) -> None:
     make.kohya(tmp_path / "b.safetensors", "sdxl")
     make.peft(tmp_path / "a")
     (tmp_path / "c.safetensors").write_bytes(b"not a file of tensors")
     (tmp_path / ".hidden").mkdir()
     make.kohya(tmp_path / ".hidden" / "d.safetensors")
     (tmp_path / "readme.txt").write_text("x")
-    found = list(inspect.walk(tmp_path, norms=False))
-    assert [Path(entry.path).name for entry in found] == [
+    found = list(inspect.candidates(str(tmp_path)))
+    assert [Path(path).name for path in found] == [
         "b.safetensors",
         "c.safetensors",
         "adapter_model.safetensors",
     ]
-    assert [bool(entry.error) for entry in found] == [False, True, False]
-    assert found[1].bytes == len(b"not a file of tensors")
 
 
 def test_a_file_named_outright_that_cannot_be_read_raises(tmp_path: Path) -> None:
