@@ -11,7 +11,6 @@ from loratools.errors import LayoutError
 from loratools.model import EMPTY, Adapter, Layout, Module, Target
 from loratools.tensors import TensorRef
 
-
 _LONGEST_PREFIX = 40
 
 

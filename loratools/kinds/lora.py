@@ -87,11 +87,15 @@ def check(factors: Factors, name: str, path: str = "") -> None:
     )
 
 
-def matrices(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
+def matrices(module: Module, *, wide: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """The two matrices whose product, times the scale, is ΔW with its kernel flattened.
 
+    Args:
+        module: Of this kind.
+        wide: Whether to widen them to float64; else they come in one dtype, the store dtype where both have it.
+
     Returns:
-        up (out, rank) and down (rank, in · kh · kw) in float64; ``mid`` is folded into down.
+        up (out, rank) and down (rank, in · kh · kw); ``mid`` is folded into down.
 
     Raises:
         UnsupportedKindError: The module has a magnitude (DoRA) or a full difference beside its factors.
@@ -105,8 +109,10 @@ def matrices(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
         raise UnsupportedKindError(
             f"{module.target} is a DoRA: its ΔW depends on the base weight", keys=[module.magnitude.name]
         )
-    up = module.factors["up"].load().to(torch.float64).flatten(1)
-    down = module.factors["down"].load().to(torch.float64)
+    up, down = module.factors["up"].load(), module.factors["down"].load()
+    if not wide and up.dtype == down.dtype and up.is_floating_point() and "mid" not in module.factors:
+        return up.flatten(1), down.flatten(1)
+    up, down = up.to(torch.float64).flatten(1), down.to(torch.float64)
     mid = module.factors.get("mid")
     if mid is not None:
         core = mid.load().to(torch.float64)

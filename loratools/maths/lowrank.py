@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-import scipy.linalg
 import torch
 
 from loratools.errors import NonFiniteError, OptionError, ShapeError
+from loratools.maths._cholesky import CholeskySide, is_orthonormal, orthogonalise
 
 COMPUTE = torch.float64
 
@@ -92,6 +93,18 @@ class Compressed:
     energy: float
     sigma: torch.Tensor
 
+    @property
+    def square(self) -> float:
+        """‖·‖_F² of the approximation."""
+        return float(self.sigma[: self.factors.rank].square().sum())
+
+
+class _Expands(Protocol):
+    """One factor's orthonormal basis."""
+
+    def expand(self, vectors: torch.Tensor, length: int) -> torch.Tensor:
+        """The basis times ``vectors``, as (length, k)."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Side:
@@ -136,12 +149,18 @@ def stack(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
             f"matrices of shapes {sorted(shapes)} cannot be added",
             expected="Parts of one shape (out, in) were expected",
         )
-    ups, downs = [], []
+    out, width = parts[0].shape
+    rank = sum(part.rank for part in parts)
+    up = torch.empty(out, rank, dtype=COMPUTE, device=parts[0].up.device)
+    down = torch.empty(rank, width, dtype=COMPUTE, device=parts[0].up.device)
+    start = 0
     for part, weight in zip(parts, weights, strict=True):
-        root = abs(weight) ** 0.5
-        ups.append(part.up.to(COMPUTE) * (-root if weight < 0 else root))
-        downs.append(part.down.to(COMPUTE) * root)
-    return Factors(torch.cat(ups, dim=1), torch.cat(downs, dim=0))
+        root, stop = abs(weight) ** 0.5, start + part.rank
+        # Widened on the way into place: these matrices are large, and each pass over them counts.
+        up[:, start:stop].copy_(part.up).mul_(-root if weight < 0 else root)
+        down[start:stop].copy_(part.down).mul_(root)
+        start = stop
+    return Factors(up, down)
 
 
 def svd(factors: Factors) -> Svd:
@@ -192,12 +211,36 @@ def compress(factors: Factors, rank: int | None = None) -> Compressed:
         OptionError: The rank is below 1.
     """
     check_rank(rank)
-    left, core, right = _decompose(factors)
-    real = numerical_rank(core.sigma, factors.shape, COMPUTE, _noise(factors))
+    fast = _decompose_fast(factors)
+    if fast is not None:
+        # Independent columns on both sides leave no cancellation to allow for.
+        compressed, found = _truncate(factors, rank, *fast, noise=0.0)
+        whole = compressed.factors.rank == min(rank or factors.rank, factors.rank)
+        # Singular values that vanish, or vectors that are not orthonormal, are beyond what Gram matrices resolve.
+        if whole and is_orthonormal(found.u) and is_orthonormal(found.vh.T):
+            return compressed
+    return _truncate(factors, rank, *_decompose(factors), noise=_noise(factors))[0]
+
+
+def _truncate(
+    factors: Factors, rank: int | None, left: _Expands, core: Svd, right: _Expands, *, noise: float
+) -> tuple[Compressed, Svd]:
+    """The approximation of a given rank from a decomposition, and its singular vectors."""
+    real = numerical_rank(core.sigma, factors.shape, COMPUTE, noise)
     kept = real if rank is None else min(rank, real)
     energy = 1.0 if kept == real else retained(core.sigma, kept)
     part = Svd(core.u[:, :kept], core.sigma[:kept], core.vh[:kept])
-    return Compressed(balanced(_assemble(factors.shape, left, part, right)), energy, core.sigma)
+    found = _assemble(factors.shape, left, part, right)
+    return Compressed(balanced(found), energy, core.sigma), found
+
+
+def _decompose_fast(factors: Factors) -> tuple[CholeskySide, Svd, CholeskySide] | None:
+    """The decomposition by Gram matrices, or None where they are not accurate enough."""
+    left = orthogonalise(factors.up.to(COMPUTE))
+    right = orthogonalise(factors.down.to(COMPUTE).T) if left is not None else None
+    if left is None or right is None:
+        return None
+    return left, dense_svd(left.core @ right.core.T), right
 
 
 def balanced(found: Svd) -> Factors:
@@ -245,7 +288,9 @@ def dense_svd(matrix: torch.Tensor) -> Svd:
         u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
     except RuntimeError:
         # LAPACK's gesdd gives up on rare matrices that gesvd still decomposes; torch's LinAlgError is a
-        # RuntimeError. What neither can do, scipy raises.
+        # RuntimeError. What neither can do, scipy raises. It is imported for this alone, since that takes a while.
+        import scipy.linalg
+
         arrays = scipy.linalg.svd(matrix.cpu().numpy(), full_matrices=False, lapack_driver="gesvd")
         u, sigma, vh = (torch.from_numpy(array).to(matrix) for array in arrays)
     return Svd(u, sigma, vh)
@@ -274,7 +319,7 @@ def _orthogonalise(factor: torch.Tensor) -> _Side:
     return _Side(packed[:rank].triu(), (packed, coefficients))
 
 
-def _assemble(shape: tuple[int, int], left: _Side, core: Svd, right: _Side) -> Svd:
+def _assemble(shape: tuple[int, int], left: _Expands, core: Svd, right: _Expands) -> Svd:
     u = left.expand(core.u, shape[0])
     vh = right.expand(core.vh.T, shape[1]).T
     return signed(Svd(u, core.sigma, vh))

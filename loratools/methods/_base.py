@@ -52,10 +52,12 @@ class Outcome:
         factors: The merged ΔW.
         energy: The fraction of Σσ² retained of the method's own result at full rank; 1.0 where nothing was
             lost.
+        square: ‖ΔW‖_F² of the merged ΔW where the method knows it, else None.
     """
 
     factors: Factors
     energy: float | None = 1.0
+    square: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ def _combine(parts: Sequence[Part], options: Options) -> Outcome:
         return Outcome(_weighted(parts[0]))
     stacked = stack([part.factors for part in parts], [part.weight for part in parts])
     compressed = compress(stacked, options.rank)
-    return Outcome(compressed.factors, compressed.energy)
+    return Outcome(compressed.factors, compressed.energy, compressed.square)
 
 
 def _weighted(part: Part) -> Factors:

@@ -36,7 +36,7 @@ def _combine(parts: Sequence[Part], options: Options) -> Outcome:
     shape = parts[0].factors.shape
     merged = held(_merged(parts, options), shape, options.max_tile_bytes)
     compressed = compress_operator(merged, shape, rank, seed=options.seed)
-    return Outcome(compressed.factors, compressed.energy)
+    return Outcome(compressed.factors, compressed.energy, compressed.square)
 
 
 def _merged(parts: Sequence[Part], options: Options) -> Sweep:

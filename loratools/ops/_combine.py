@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch
 from loratools import formats, methods
 from loratools.errors import NonFiniteError
 from loratools.kinds import lora
-from loratools.maths.lowrank import Factors, stack
+from loratools.maths.lowrank import COMPUTE, Factors, stack
 from loratools.model import Module, Target
 from loratools.ops._request import Request
 from loratools.ops.align import Contribution
@@ -58,8 +59,10 @@ def combine(asked: Request, target: Target, contributions: Sequence[Contribution
     if bad and not asked.allow_nonfinite:
         return Combined(None, sources, nonfinite=bad)
     if len(active) == 1 and _carries(asked, active[0]):
-        return Combined(_carried(active[0].module, asked, target), sources, size=_energy_of(factors[0]))
-    weights = [_weight(asked, each) for each in active]
+        size = active[0].module.scale ** 2 * _energy_of(factors[0].to(COMPUTE))
+        return Combined(_carried(active[0].module, asked, target), sources, size=size)
+    # Weight and scale multiply the same product, and reach the factors in one go.
+    weights = [_weight(asked, each) * each.module.scale for each in active]
     if bad:
         # Nothing can be decomposed that holds NaN: side by side, the factors keep it where it was.
         merged = stack(factors, weights)
@@ -68,8 +71,9 @@ def combine(asked: Request, target: Target, contributions: Sequence[Contribution
         )
     parts = [methods.Part(*pair) for pair in zip(factors, weights, strict=True)]
     outcome = asked.method.combine(parts, asked.options)
-    module = _module(asked, target, active, outcome.factors)
-    return Combined(module, sources, outcome.energy, _energy_of(outcome.factors))
+    merged = outcome.factors.to(COMPUTE)
+    size = outcome.square if outcome.square is not None else _energy_of(merged)
+    return Combined(_module(asked, target, active, merged), sources, outcome.energy, size)
 
 
 def _weight(asked: Request, each: Contribution) -> float:
@@ -77,19 +81,20 @@ def _weight(asked: Request, each: Contribution) -> float:
 
 
 def _factors(each: Contribution, device: str) -> Factors:
-    """ΔW of a contribution, its scale in up, where the target has its rows."""
-    up, down = lora.matrices(each.module)
-    return Factors((each.place(up) * each.module.scale).to(device), down.to(device))
+    """The contribution's factors where the target has its rows, in their own dtype; the scale is not in them."""
+    up, down = lora.matrices(each.module, wide=False)
+    return Factors(each.place(up).to(device), down.to(device))
 
 
 def _nonfinite(module: Module, factors: Factors) -> list[str]:
     # A sum is NaN or Inf if any term is; only then is each tensor looked at.
-    sums = factors.up.sum() + factors.down.sum()
-    biases = [module.factors[role] for role in ("up_bias", "diff_b") if role in module.factors]
-    if bool(torch.isfinite(sums)) and not biases:
-        return []
-    found = [ref.name for ref in module.factors.values() if not torch.isfinite(ref.load().float()).all()]
-    return found or ([] if bool(torch.isfinite(sums)) else [f"alpha of {module.target}"])
+    sums = factors.up.sum(dtype=COMPUTE) + factors.down.sum(dtype=COMPUTE)
+    biased = "up_bias" in module.factors or "diff_b" in module.factors
+    found = [] if math.isfinite(module.scale) else [f"the scale of {module.target}"]
+    if not bool(torch.isfinite(sums)) or biased:
+        refs = module.factors.values()
+        found += [ref.name for ref in refs if not torch.isfinite(ref.load().float()).all()]
+    return found
 
 
 def _carries(asked: Request, each: Contribution) -> bool:

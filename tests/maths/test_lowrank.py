@@ -178,3 +178,22 @@ def test_what_does_not_fit_is_refused():
         stack([random_factors(3, 1, 3), random_factors(3, 1, 4)], [1.0, 1.0])
     with pytest.raises(OptionError, match="rank 0"):
         compress(random_factors(3, 1, 3), 0)
+
+
+@pytest.mark.parametrize("closeness", [1.0, 1e-1, 1e-3, 1e-6, 1e-12, 0.0])
+def test_nearly_dependent_columns_are_as_exact_as_any(closeness: float) -> None:
+    """Gram matrices square the condition number: what they cannot resolve must take the careful way."""
+    generator = torch.Generator().manual_seed(3)
+    up = torch.randn(200, 6, generator=generator, dtype=torch.float64)
+    up[:, 3:] = up[:, :3] + closeness * torch.randn(200, 3, generator=generator, dtype=torch.float64)
+    down = torch.randn(6, 150, generator=generator, dtype=torch.float64)
+    factors = Factors(up, down)
+    dense = up @ down
+    u, sigma, vh = torch.linalg.svd(dense, full_matrices=False)
+    for rank in (2, 4, 6):
+        best = (u[:, :rank] * sigma[:rank]) @ vh[:rank]
+        found = compress(factors, rank)
+        assert float((found.factors.delta() - best).norm() / dense.norm()) < 1e-12
+    whole = compress(factors)
+    assert float((whole.factors.delta() - dense).norm() / dense.norm()) < 1e-12
+    assert whole.factors.rank == (3 if closeness == 0.0 else 6)

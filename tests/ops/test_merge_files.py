@@ -302,3 +302,12 @@ def test_no_warning_is_printed(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_alpha_that_is_not_a_number_is_refused_by_name(tmp_path: Path) -> None:
+    made = make.kohya(tmp_path / "a.safetensors", "sdxl")
+    name = next(key for key in made.tensors if key.endswith(".alpha"))
+    made.tensors[name].fill_(float("nan"))
+    make.write_safetensors(made.path, made.tensors, None)
+    with pytest.raises(NonFiniteError, match="scale"):
+        lt.merge([lt.load(made.path)], weights=[0.5])
