@@ -1,0 +1,54 @@
+"""What we write in Kohya's layout, diffusers' own loader takes whole, and applies with the same ΔW."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import loratools as lt
+
+pytestmark = pytest.mark.peers
+FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
+# Stable Diffusion 1.5's UNet at an eighth of its widths: what the fixtures were made for.
+TINY_UNET = {
+    "block_out_channels": (40, 80, 160, 160),
+    "cross_attention_dim": 768,
+    "norm_num_groups": 8,
+    "attention_head_dim": 8,
+}
+
+
+def test_a_merge_of_kohya_and_diffusers_files_loads_in_diffusers(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+
+    one = lt.load(FIXTURES / "style-kohya.safetensors")
+    two = lt.load(FIXTURES / "character-diffusers.safetensors")
+    output = tmp_path / "merged.safetensors"
+    lt.save(lt.merge([one, two], weights=[0.8, -0.6]), output)
+    state, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(str(tmp_path), weight_name=output.name)
+    assert {key.split(".")[0] for key in state} == {"unet", "text_encoder"}
+
+    unet = diffusers.UNet2DConditionModel(**TINY_UNET)
+    StableDiffusionLoraLoaderMixin.load_lora_into_unet(state, network_alphas=alphas, unet=unet)
+    merged = {str(target): module for target, module in lt.load(output).modules.items()}
+    found = 0
+    for name, layer in unet.named_modules():
+        if not hasattr(layer, "lora_A"):
+            continue
+        (adapter,) = layer.lora_A
+        there = layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight * layer.scaling[adapter]
+        here = merged[_native(name)].delta()
+        assert torch.allclose(there.flatten(1), here.flatten(1), rtol=1e-3, atol=1e-5), name
+        found += 1
+    assert found == 128
+
+
+def _native(name: str) -> str:
+    from loratools import archs
+
+    resolved = archs.get("sd15").resolve(f"unet.{name}")
+    assert resolved is not None, name
+    return resolved.path
