@@ -6,7 +6,8 @@ Adding an architecture, a layout, a kind or a merge method is adding one file: n
 from __future__ import annotations
 
 import importlib
-import pkgutil
+import os
+from collections.abc import Iterable
 from functools import cache
 from types import MappingProxyType
 from typing import Any
@@ -24,11 +25,10 @@ def scan(package: str, constant: str) -> MappingProxyType[str, Any]:
         RuntimeError: A file defines no such constant, or two define the same name.
     """
     found: dict[str, Any] = {}
-    path = importlib.import_module(package).__path__
-    for info in sorted(pkgutil.iter_modules(path), key=lambda info: info.name):
-        if info.name.startswith("_"):
+    for name in sorted(_module_files(importlib.import_module(package).__path__)):
+        if name.startswith("_"):
             continue
-        module = importlib.import_module(f"{package}.{info.name}")
+        module = importlib.import_module(f"{package}.{name}")
         value = getattr(module, constant, None)
         if value is None:
             raise RuntimeError(f"{module.__name__} defines no {constant}")
@@ -36,3 +36,13 @@ def scan(package: str, constant: str) -> MappingProxyType[str, Any]:
             raise RuntimeError(f"{module.__name__}: {constant} named {value.name!r} exists already")
         found[value.name] = value
     return MappingProxyType(found)
+
+
+def _module_files(folders: Iterable[str]) -> set[str]:
+    """The names of the modules in a package's folders, which may lie in an archive."""
+    try:
+        return {name[:-3] for folder in folders for name in os.listdir(folder) if name.endswith(".py")}
+    except OSError:
+        import pkgutil
+
+        return {info.name for info in pkgutil.iter_modules(folders)}

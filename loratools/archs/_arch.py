@@ -141,7 +141,7 @@ class Arch:
     def knows(self, skeleton: str) -> bool:
         """Whether names with this skeleton mean something, with the right numbers."""
         return any(
-            spot.component.table is None or spot.skeleton in spot.component.table.index
+            spot.component.table is None or spot.component.table.knows(spot.skeleton)
             for spot in self._readings(skeleton)
         )
 

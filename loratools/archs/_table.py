@@ -103,11 +103,20 @@ class Table:
 
     def find(self, skeleton: str, numbers: tuple[str, ...]) -> tuple[Name, tuple[str, ...]] | None:
         """The name with this skeleton and these numbers, and the numbers that fill its holes."""
-        for bucket in self.index.get(skeleton, ()):
-            name = bucket.names.get(tuple([numbers[place] for place in bucket.literals]))
-            if name is not None:
-                return name, tuple([numbers[place] for place in bucket.holes])
-        return None
+        return _found(self._native_index, skeleton, numbers) or _found(self.index, skeleton, numbers)
+
+    def knows(self, skeleton: str) -> bool:
+        """Whether some name of some dialect has this skeleton."""
+        return skeleton in self._native_index or skeleton in self.index
+
+    @cached_property
+    def _native_index(self) -> dict[str, list[_Bucket]]:
+        """The base checkpoint's own names alone: for files that use them, the others need not be looked at."""
+        index: dict[str, list[_Bucket]] = {}
+        for native, twin in self.rows:
+            template = _template(native)
+            _enter(index, Name(template, None, None if twin in (None, native) else NATIVE, template))
+        return _by_precision(index)
 
     def native(self, path: str) -> tuple[str, tuple[str, ...]] | None:
         """The native template of a canonical path, and its holes' numbers; None for any other."""
@@ -166,10 +175,24 @@ class Table:
             for names in column.values():
                 for name in names:
                     _enter(index, name)
-        for buckets in index.values():
-            # A literal number is more specific than a hole.
-            buckets.sort(key=lambda bucket: len(bucket.holes))
-        return index
+        return _by_precision(index)
+
+
+def _found(
+    index: Mapping[str, list[_Bucket]], skeleton: str, numbers: tuple[str, ...]
+) -> tuple[Name, tuple[str, ...]] | None:
+    for bucket in index.get(skeleton, ()):
+        name = bucket.names.get(tuple([numbers[place] for place in bucket.literals]))
+        if name is not None:
+            return name, tuple([numbers[place] for place in bucket.holes])
+    return None
+
+
+def _by_precision(index: dict[str, list[_Bucket]]) -> dict[str, list[_Bucket]]:
+    for buckets in index.values():
+        # A literal number is more specific than a hole.
+        buckets.sort(key=lambda bucket: len(bucket.holes))
+    return index
 
 
 def _template(text: str) -> str:

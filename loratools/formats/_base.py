@@ -26,10 +26,10 @@ class Group:
 
     __slots__ = ("name", "roles", "stem", "style")
 
-    def __init__(self, stem: str, name: str, style: str) -> None:
+    def __init__(self, stem: str) -> None:
         self.stem = stem
-        self.name = name
-        self.style = style
+        self.name = stem
+        self.style = ""
         self.roles: dict[str, TensorRef] = {}
 
 

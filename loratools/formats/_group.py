@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from loratools.errors import NameResolutionError, NotAnAdapterError
 from loratools.formats._base import Group
-from loratools.formats._parse import Part, split
+from loratools.formats._parse import Part, split, tail_of
 from loratools.tensors import TensorRef
 
 # Put around a model by training frameworks; the weight below is the same.
@@ -34,7 +34,14 @@ def group(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Group], dict[str,
     groups: dict[str, Group] = {}
     left: dict[str, TensorRef] = {}
     adapters: set[str] = set()
+    found: Group | None = None
     for key, ref in tensors.items():
+        # The tensors of one module usually follow each other, and need not be taken apart again.
+        suffix = tail_of(key, found.stem) if found is not None else None
+        if found is not None and suffix is not None and suffix.role not in found.roles:
+            found.style = found.style or suffix.style
+            found.roles[suffix.role] = ref
+            continue
         part = split(key)
         if part is None:
             left[key] = ref
@@ -44,7 +51,7 @@ def group(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Group], dict[str,
         stem = _stem(part)
         found = groups.get(stem)
         if found is None:
-            found = groups[stem] = Group(stem, clean(stem, part.suffix.style), part.suffix.style)
+            found = groups[stem] = Group(stem)
         if part.suffix.role in found.roles and not part.adapter:
             raise NameResolutionError(
                 f"{stem} has its {part.suffix.role} twice",
@@ -59,6 +66,8 @@ def group(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Group], dict[str,
             keys=sorted(adapters),
             todo="Save them one by one, or keep the keys of one",
         )
+    for stem, found in groups.items():
+        found.name = clean(stem, found.style)
     _claim_ia3(groups, left)
     return groups, left
 

@@ -177,6 +177,12 @@ def split(key: str) -> Part | None:
     return Part(first, suffix) if suffix is not None else _split_glued(key) or _split_named(key)
 
 
+def tail_of(key: str, stem: str) -> Suffix | None:
+    """The suffix of a key that begins with this stem, or None where it does not, or is spelt unusually."""
+    start = len(stem)
+    return _SUFFIXES.get(key[start + 1 :]) if key.startswith(stem) and key[start : start + 1] == "." else None
+
+
 def _split_glued(key: str) -> Part | None:
     for tail, suffix in _GLUED.items():
         if key.endswith(tail) and len(key) > len(tail):

@@ -161,7 +161,6 @@ def _module(module: Module, sigma: Any) -> ModuleInfo:
             "effective_rank": found.effective_rank,
             "energy": found.energy,
         }
-    dtypes = [ref.dtype for ref in module.factors.values()]
     return ModuleInfo(
         target=str(module.target),
         component=module.target.component,
@@ -170,7 +169,7 @@ def _module(module: Module, sigma: Any) -> ModuleInfo:
         rank=module.rank,
         alpha=module.alpha,
         scale=module.scale,
-        dtype=dtypes[0] if dtypes else "",
+        dtype=next((ref.dtype for ref in module.factors.values()), ""),
         dora=module.magnitude is not None,
         magnitude_axis=module.magnitude_axis,
         op=module.op,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def timed(command: list[str]) -> float:
     return time.perf_counter() - start
 
 
-def compare(name: str, ours: list[str], other: list[str], runs: int = 11) -> float:
+def compare(name: str, ours: list[str], other: list[str], runs: int = 21) -> float:
     """Run two commands in turn and print the median of the pairwise ratios."""
     timed(ours), timed(other)
     pairs = [(timed(ours), timed(other)) for _ in range(runs)]
@@ -82,3 +83,5 @@ def compare(name: str, ours: list[str], other: list[str], runs: int = 11) -> flo
 
 
 PYTHON = sys.executable
+# As it is installed for users; `python -m` would import more.
+LORATOOLS = shutil.which("loratools", path=os.path.dirname(PYTHON)) or "loratools"

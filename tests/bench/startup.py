@@ -8,9 +8,9 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from tests.bench._common import PYTHON, compare, make
+from tests.bench._common import LORATOOLS, PYTHON, compare, make
 
-BARE = "import click, rich, rich.console; rich.console.Console().print('hello')"
+BARE = "import click, rich; rich.print('hello')"
 READ = "import sys, numpy; numpy.fromfile(sys.argv[1], numpy.uint8)"
 
 
@@ -20,7 +20,7 @@ def main() -> None:
         path = make(Path(folder) / "sdxl.safetensors")
         size = path.stat().st_size
         print(f"SDXL-shaped adapter: 794 modules, 2382 tensors, rank 32, float16, {size / 1e6:.0f} MB")
-        ours = [PYTHON, "-m", "loratools"]
+        ours = [LORATOOLS]
         bare = [PYTHON, "-c", BARE]
         compare("--help against a Python that imports click and rich and prints", [*ours, "--help"], bare)
         compare("info --no-norms against the same", [*ours, "info", "--no-norms", str(path)], bare)

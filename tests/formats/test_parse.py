@@ -9,6 +9,7 @@ from loratools.formats._group import clean
 from loratools.formats._parse import split
 from loratools.kinds._base import SPARSE
 from loratools.registry import scan
+from loratools.tensors import from_scalar
 
 SPELLINGS = [
     ("lora_unet_mid.lora_down.weight", "lora_unet_mid", "down"),
@@ -156,3 +157,27 @@ def test_kinds_are_told_apart_by_their_roles() -> None:
             assert found is not None
             # Fused experts are told by shape and configuration; their roles are LoRA's.
             assert found.name == {"experts": "lora"}.get(kind.name, kind.name)
+
+
+def test_the_order_of_a_modules_tensors_is_of_no_matter() -> None:
+    """An alpha in front states no spelling: the attention processors' names are still understood."""
+    from loratools.formats._group import group
+
+    stem = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out"
+    keys = [f"{stem}_lora.down.weight", f"{stem}_lora.up.weight", f"{stem}_lora.alpha"]
+    ref = from_scalar("x", 1.0)
+    for order in (keys, keys[::-1], [keys[2], keys[0], keys[1]]):
+        groups, left = group({key: ref.renamed(key) for key in order})
+        assert not left
+        assert [found.name for found in groups.values()] == [
+            "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"
+        ]
+        assert {found.style for found in groups.values()} == {"attn-procs"}
+
+
+def test_a_key_that_is_another_modules_stem_is_no_suffix_of_it() -> None:
+    from loratools.formats._parse import tail_of
+
+    assert tail_of("a.b", "a.b") is None
+    assert tail_of("a.bc.alpha", "a.b") is None
+    assert tail_of("a.b.alpha", "a.b") is not None
