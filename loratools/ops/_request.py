@@ -13,10 +13,9 @@ import torch
 
 from loratools import formats, kinds, methods
 from loratools.errors import LayoutError, OptionError, UnsupportedKindError
-from loratools.model import Adapter, Layout, Module, Target
+from loratools.model import Adapter, Layout, Module
 from loratools.ops import align, files
 from loratools.ops._weights import Spec, Weigh, weigher
-from loratools.ops.align import Contribution
 
 # Broken or superseded spellings are not written anew: their layout's present one is.
 _PRESENT = {
@@ -169,16 +168,16 @@ def _device(name: str, method: methods.Method) -> str:
     return "cuda" if not method.lossless and torch.cuda.is_available() else "cpu"
 
 
-def refuse(asked: Request, targets: Mapping[Target, Sequence[Contribution]]) -> None:
+def refuse(asked: Request) -> None:
     """Refuse modules that cannot be merged, all of them named at once.
 
     Raises:
         UnsupportedKindError: Modules of other kinds than LoRA, or DoRA.
         OptionError: There are no modules.
     """
-    if not targets:
-        raise OptionError("the inputs have no modules")
     modules = [(adapter, module) for adapter in asked.adapters for module in adapter.modules.values()]
+    if not modules:
+        raise OptionError("the inputs have no modules")
     other = [(adapter, module) for adapter, module in modules if not _is_low_rank(module)]
     if other:
         titles = sorted({_title(module) for _, module in other})

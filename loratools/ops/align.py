@@ -161,7 +161,7 @@ def common_arch(adapters: Sequence[Adapter]) -> str:
     names = list(dict.fromkeys(adapter.arch for adapter in known))
     if len(names) > 1:
         table = archs.all_archs()
-        said = [f"{adapter.path or 'an input'} is {table[adapter.arch].title}" for adapter in known]
+        said = [f"{adapter.path or 'an input'}: {table[adapter.arch].title}" for adapter in known]
         raise ArchitectureError(
             "adapters of different architectures cannot be merged",
             keys=said,

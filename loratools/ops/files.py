@@ -9,7 +9,14 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from loratools import formats, io
-from loratools.errors import LayoutError, MalformedFileError, MissingFileError, OptionError
+from loratools.errors import (
+    LayoutError,
+    MalformedFileError,
+    MissingFileError,
+    OptionError,
+    OutputExistsError,
+    WriteError,
+)
 from loratools.formats._read import refuse_other_types
 from loratools.model import Adapter, Layout, Module
 from loratools.tensors import DTYPES, LazySource, TensorRef
@@ -146,9 +153,8 @@ def save(
     document = formats.document(prepared, _layout(adapter, form), form)
     order: Literal["given", "canonical"] = "given" if document.ordered else "canonical"
     target = os.fspath(path)
-    suffix = os.path.splitext(target)[1].lower()
+    check_name(target, form.name)
     if not form.folder:
-        _refuse_suffix(target, suffix)
         return io.write_safetensors(
             target,
             document.tensors,
@@ -156,10 +162,6 @@ def save(
             overwrite=overwrite,
             order=order,
             progress=progress,
-        )
-    if suffix in SUFFIXES:
-        raise OptionError(
-            f"the {form.title} layout is a folder", path=target, todo="Give a folder's name, or another --to"
         )
     with io.atomic_folder(target, overwrite) as folder:
         written = io.write_safetensors(
@@ -249,7 +251,39 @@ def _layout(adapter: Adapter, form: formats.Format) -> Layout:
     return Layout(form.name, "peft-keys" if form.name == "diffusers" else "")
 
 
-def _refuse_suffix(target: str, suffix: str) -> None:
+def check_output(path: PathLike, *, overwrite: bool) -> None:
+    """Refuse an output that could not be written, before any work is done for it.
+
+    Raises:
+        OutputExistsError: It is there, and ``overwrite`` is false.
+        WriteError: Its folder does not exist.
+    """
+    target = os.fspath(path)
+    empty = os.path.isdir(target) and not os.listdir(target)
+    if os.path.exists(target) and not overwrite and not empty:
+        raise OutputExistsError(
+            "the output exists already", path=target, todo="Pass --overwrite to replace it"
+        )
+    folder = os.path.dirname(os.path.realpath(target))
+    if not os.path.isdir(folder):
+        raise WriteError(
+            f"the folder {folder} does not exist", path=target, todo="Create it, or choose another name"
+        )
+
+
+def check_name(path: PathLike, layout: str) -> None:
+    """Refuse a name that does not go with a layout.
+
+    Raises:
+        OptionError: A file's name where the layout is a folder.
+        LayoutError: The name of another container than safetensors.
+    """
+    target, form = os.fspath(path), formats.get(layout)
+    suffix = os.path.splitext(target)[1].lower()
+    if form.folder and suffix in SUFFIXES:
+        raise OptionError(
+            f"the {form.title} layout is a folder", path=target, todo="Give a folder's name, or another --to"
+        )
     if suffix in SUFFIXES and suffix != ".safetensors":
         raise LayoutError(
             f"a {suffix} file is not written", path=target, todo="Give a name that ends in .safetensors"

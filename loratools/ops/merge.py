@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from loratools import formats
 from loratools.engine import local
-from loratools.errors import OptionError, OutputExistsError
+from loratools.errors import OptionError
 from loratools.model import Adapter, Module, Target
 from loratools.ops import _combine, _merged, align, files
 from loratools.ops._combine import Combined
@@ -78,9 +77,9 @@ def merge(
         allow_nonfinite=allow_nonfinite,
         options=options,
     )
+    refuse(asked)
     extras, dropped = _merged.extras(asked.adapters, asked.layout.name, drop)
     targets = align.align(asked.adapters, asked.arch, formats.get(asked.layout.name).dialect)
-    refuse(asked, targets)
     with _merged.Inputs(asked.adapters, asked.weights) as inputs:
         results = _run(asked, targets, threads, progress)
         described = inputs.described()
@@ -185,13 +184,13 @@ def merge_files(
     Raises:
         LoraError: Nothing was written.
     """
-    target = Path(output)
-    if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
-        # Refused before any work is done, not after.
-        raise OutputExistsError(
-            "the output exists already", path=target, todo="Pass --overwrite to replace it"
-        )
-    merged, report = merge([files.load(path, arch=arch) for path in paths], **options)
+    # Whatever is wrong with the output is said before any work is done, not after.
+    files.check_output(output, overwrite=overwrite)
+    adapters = [files.load(path, arch=arch) for path in paths]
+    layout = options.get("layout") or (adapters[0].layout.name if adapters else "")
+    if layout in formats.writable():
+        files.check_name(output, layout)
+    merged, report = merge(adapters, **options)
     if dry_run:
         return report._replace(output=os.fspath(output), bytes=files.size(merged))
     written = files.save(merged, output, overwrite=overwrite)

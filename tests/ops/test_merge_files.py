@@ -108,9 +108,7 @@ def test_inputs_are_not_changed(pair, tmp_path: Path) -> None:
 
 def test_other_architectures_are_refused_with_both_names(tmp_path: Path) -> None:
     one, two = make.kohya(tmp_path / "a.safetensors", "sd15"), make.kohya(tmp_path / "b.safetensors", "sdxl")
-    with pytest.raises(
-        ArchitectureError, match=r"a\.safetensors is Stable Diffusion 1.*b\.safetensors is .*XL"
-    ):
+    with pytest.raises(ArchitectureError, match=r"a\.safetensors: Stable Diffusion 1.*b\.safetensors: .*XL"):
         merge_files([one.path, two.path], tmp_path / "m.safetensors")
     assert not (tmp_path / "m.safetensors").exists()
 
@@ -311,3 +309,14 @@ def test_an_alpha_that_is_not_a_number_is_refused_by_name(tmp_path: Path) -> Non
     make.write_safetensors(made.path, made.tensors, None)
     with pytest.raises(NonFiniteError, match="scale"):
         lt.merge([lt.load(made.path)], weights=[0.5])
+
+
+def test_a_kind_that_cannot_be_merged_is_said_before_shapes_are_compared(tmp_path: Path) -> None:
+    """Two inputs that differ in kind and shape: the kind is what the user has to know."""
+    one = make.peft(tmp_path / "a")
+    wide = {"base_model.model.model.layers.0.self_attn.q_proj": (64, 64)}
+    stem = next(iter(wide))
+    tensors = {f"{stem}.lokr_w1": torch.ones(8, 8), f"{stem}.lokr_w2": torch.ones(8, 8)}
+    make.write_safetensors(tmp_path / "b.safetensors", tensors, None)
+    with pytest.raises(UnsupportedKindError, match="LoKr"):
+        lt.merge([lt.load(one.path), lt.load(tmp_path / "b.safetensors")])
