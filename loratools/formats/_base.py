@@ -165,7 +165,7 @@ class Format(NamedTuple):
         finisher: How to complete what is written.
         folder: Whether it is written as a folder.
         weights: The name of the weights in that folder.
-        roles: Factors that it has names for.
+        roles: Tensors of a module that it has names for; "alpha" where it states alpha in the file.
         dialect: Which names of an architecture it uses ("native", "diffusers"), or "kohya": as its component says.
         rename: Cleans a stem of the layout's own decorations.
     """

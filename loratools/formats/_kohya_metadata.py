@@ -40,7 +40,11 @@ def _dimensions(adapter: Adapter, *, convolutions: bool) -> tuple[str, str]:
     ranks = {module.rank for module in modules}
     alphas = {module.scale * (module.rank or 1) for module in modules}
     dim = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    return dim, f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic"
+    return dim, _number(alphas.pop()) if len(alphas) == 1 else "Dynamic"
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else repr(value)
 
 
 def _network_args(adapter: Adapter, metadata: dict[str, str]) -> None:

@@ -38,7 +38,9 @@ def document(adapter: Adapter, layout: Layout, form: Format) -> Document:
     tensors: list[TensorRef] = []
     for module in adapter.modules.values():
         named = [ref for _, ref in module.tensors()]
+        # Where alpha lies in the configuration, a tensor that states it too would be one statement too many.
         keep = same and all(ref.name for ref in named) and module.alpha_tensor is not None
+        keep = keep and "alpha" in form.roles
         tensors += named if keep else form.speller(module, adapter, layout)
     tensors += adapter.extras.values()
     _refuse_twins(tensors)

@@ -102,6 +102,6 @@ FORMAT = Format(
     scaler=_scaler,
     speller=_speller,
     finisher=_finisher,
-    roles=frozenset(_SUFFIXES),
+    roles=frozenset({*_SUFFIXES, "alpha"}),
     dialect="kohya",
 )

@@ -20,19 +20,28 @@ TINY_UNET = {
 }
 
 
-def test_a_merge_of_kohya_and_diffusers_files_loads_in_diffusers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+@pytest.mark.parametrize("weights", [(0.8, -0.6), (1.0, 0.0)])
+def test_a_merge_of_kohya_and_diffusers_files_loads_in_diffusers(
+    layout: str, weights: tuple[float, float], tmp_path: Path
+) -> None:
+    """At weights 1 and 0 the first adapter's modules go over with an alpha that is not their rank."""
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
 
     one = lt.load(FIXTURES / "style-kohya.safetensors")
     two = lt.load(FIXTURES / "character-diffusers.safetensors")
     output = tmp_path / "merged.safetensors"
-    lt.save(lt.merge([one, two], weights=[0.8, -0.6]), output)
-    state, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(str(tmp_path), weight_name=output.name)
+    lt.save(lt.merge([one, two], weights=weights, layout=layout), output)
+    state, alphas, metadata = StableDiffusionLoraLoaderMixin.lora_state_dict(
+        str(tmp_path), weight_name=output.name, return_lora_metadata=True
+    )
     assert {key.split(".")[0] for key in state} == {"unet", "text_encoder"}
 
     unet = diffusers.UNet2DConditionModel(**TINY_UNET)
-    StableDiffusionLoraLoaderMixin.load_lora_into_unet(state, network_alphas=alphas, unet=unet)
+    StableDiffusionLoraLoaderMixin.load_lora_into_unet(
+        state, network_alphas=alphas, unet=unet, metadata=metadata
+    )
     merged = {str(target): module for target, module in lt.load(output).modules.items()}
     found = 0
     for name, layer in unet.named_modules():

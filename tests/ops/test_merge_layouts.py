@@ -282,3 +282,15 @@ def test_torch_threads_are_left_as_they_were(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     lt.merge([adapter, adapter])
     assert torch.get_num_threads() == before
+
+
+def test_alpha_is_stated_once_in_a_merged_diffusers_file(tmp_path: Path) -> None:
+    """diffusers refuses a file that has alpha tensors and a configuration in its header."""
+    made = make.diffusers(tmp_path / "a.safetensors", "sd15", network_alpha=2.0, rank=4)
+    other = make.diffusers(tmp_path / "b.safetensors", "sd15", seed=1, only=["down_blocks.0"])
+    first, second = lt.load(made.path), lt.load(other.path)
+    lt.save(lt.merge([first, second]), tmp_path / "m.safetensors")
+    new, metadata = make.read_safetensors(tmp_path / "m.safetensors")
+    assert "lora_adapter_metadata" in metadata
+    assert not [key for key in new if key.endswith("alpha")]
+    make.assert_close(make.whole(lt.load(tmp_path / "m.safetensors")), _sum((1.0, 1.0), first, second))
