@@ -60,7 +60,7 @@ class Target(NamedTuple):
         return (self.component, self.path, str(self.rows or ""))
 
     def __str__(self) -> str:
-        return f"{self.path}[{self.rows}]" if self.rows else self.path
+        return self.path if self.rows is None else f"{self.path}[{self.rows}]"
 
 
 class Layout(NamedTuple):

@@ -6,16 +6,21 @@ Only this package prints, shows progress and sets exit statuses.
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import os
-import sys
-import threading
 
-import click
+# A run makes many objects and few cycles, and ends: looking for cycles costs more than it frees, and most of all while
+# everything is imported. It is set here since only the program itself imports this package.
+gc.set_threshold(200_000, 20, 20)
 
-from loratools import __version__
-from loratools.cli._group import Commands
+import contextlib  # noqa: E402 - after the setting above, for the reason given there
+import os  # noqa: E402
+import sys  # noqa: E402
+import threading  # noqa: E402
+
+import click  # noqa: E402
+
+from loratools import __version__  # noqa: E402
+from loratools.cli._group import Commands  # noqa: E402
 
 COMMANDS = {
     "info": "What each file is: architecture, layout, ranks, norms, training.",
@@ -58,8 +63,6 @@ def main() -> None:
         with contextlib.suppress(AttributeError):  # a replaced stream may not be a text file
             # A name that the terminal's code page lacks must not end a report halfway.
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    # A run makes many objects and few cycles, and ends: looking for cycles costs more than it frees.
-    gc.set_threshold(200_000, 20, 20)
     try:
         cli(prog_name="loratools")
     except SystemExit as ended:

@@ -100,8 +100,7 @@ def describe(adapter: Adapter, *, path: str = "", size: int = 0, norms: bool = T
         groups.setdefault(module.component, []).append(module)
     ranks = Counter(module.rank for module in modules if module.rank is not None)
     known = archs.all_archs().get(adapter.arch)
-    refs = [ref for module in adapter.modules.values() for _, ref in module.tensors()]
-    refs += adapter.extras.values()
+    dtypes = _dtypes(adapter)
     return Info(
         path=path or adapter.path,
         bytes=size,
@@ -114,8 +113,8 @@ def describe(adapter: Adapter, *, path: str = "", size: int = 0, norms: bool = T
         kinds=adapter.kinds,
         components={name: _component(members) for name, members in groups.items()},
         modules=modules,
-        tensors=len(refs),
-        dtypes=dict(Counter(ref.dtype for ref in refs)),
+        tensors=sum(dtypes.values()),
+        dtypes=dict(dtypes),
         unclaimed=tuple(adapter.extras),
         metadata=dict(adapter.metadata),
         training=_metadata.training(adapter.metadata, adapter.config),
@@ -125,6 +124,14 @@ def describe(adapter: Adapter, *, path: str = "", size: int = 0, norms: bool = T
             *_measured(modules, norms),
         ),
     )
+
+
+def _dtypes(adapter: Adapter) -> Counter[str]:
+    """How many tensors have each store dtype."""
+    found = [ref.dtype for module in adapter.modules.values() for ref in module.factors.values()]
+    for module in adapter.modules.values():
+        found += [ref.dtype for ref in (module.alpha_tensor, module.magnitude) if ref is not None]
+    return Counter([*found, *(ref.dtype for ref in adapter.extras.values())])
 
 
 def _measured(modules: Sequence[ModuleInfo], norms: bool) -> list[str]:
@@ -161,18 +168,21 @@ def _module(module: Module, sigma: Any) -> ModuleInfo:
             "effective_rank": found.effective_rank,
             "energy": found.energy,
         }
+    target, factors = module.target, module.factors
+    dtype = next(iter(factors.values())).dtype if factors else ""
+    dora = module.magnitude is not None
     return ModuleInfo(
-        target=str(module.target),
-        component=module.target.component,
-        kind=module.kind,
-        shape=module.shape,
-        rank=module.rank,
-        alpha=module.alpha,
-        scale=module.scale,
-        dtype=next((ref.dtype for ref in module.factors.values()), ""),
-        dora=module.magnitude is not None,
-        magnitude_axis=module.magnitude_axis,
-        op=module.op,
+        str(target),
+        target.component,
+        module.kind,
+        module.shape,
+        module.rank,
+        module.alpha,
+        module.scale,
+        dtype,
+        dora,
+        module.magnitude_axis,
+        module.op,
         **from_spectrum,
     )
 
