@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
@@ -32,7 +31,7 @@ Twin: TypeAlias = "str | tuple[Piece, ...] | None"
 Row: TypeAlias = "tuple[str, Twin]"
 
 # A whole-number segment, between separators.
-_NUMBER = re.compile(r"(?<=_)[0-9]+(?=_)")
+_NUMBER = re.compile(r"(?<=_)([0-9]+)(?=_)")
 _HALVES_EXCHANGED = Rows(((1, 2), (0, 1)), of=2)
 
 
@@ -52,8 +51,8 @@ def parse(stem: str) -> tuple[str, tuple[str, ...]]:
     Zero stands for every number, and thus can stand for nothing else, whatever characters a name has.
     """
     flat = f"_{stem.replace('.', '_')}_"
-    numbers = tuple(_NUMBER.findall(flat))
-    return (_NUMBER.sub("0", flat) if numbers else flat)[1:-1], numbers
+    pieces = _NUMBER.split(flat)  # words and numbers in turn
+    return "0".join(pieces[::2])[1:-1], tuple(pieces[1::2])
 
 
 class Name(NamedTuple):
@@ -81,7 +80,6 @@ class _Bucket(NamedTuple):
     names: dict[tuple[str, ...], Name]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Table:
     """The names of a component's weights in every dialect.
 
@@ -90,8 +88,9 @@ class Table:
         further: Other dialects' columns, by dialect: complete tables over the same native names.
     """
 
-    rows: tuple[Row, ...]
-    further: Mapping[str, tuple[Row, ...]] = field(default_factory=lambda: EMPTY)
+    def __init__(self, rows: tuple[Row, ...], further: Mapping[str, tuple[Row, ...]] = EMPTY) -> None:
+        self.rows = rows
+        self.further = further
 
     def spellings(self, dialect: str) -> Mapping[str, tuple[Name, ...]]:
         """Every native template, and how a dialect spells it: several names where it splits the weight.

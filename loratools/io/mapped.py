@@ -6,7 +6,6 @@ import mmap
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +102,6 @@ def _nothing() -> None:
     """What closing does to a file that holds nothing open."""
 
 
-@dataclass(slots=True, eq=False)
 class TensorFile:
     """An open file: its tensors by key in the file's order, and what else it holds.
 
@@ -117,14 +115,25 @@ class TensorFile:
         wrapper: The key of the dict that held a pickle's tensors ("state_dict", …), or empty.
     """
 
-    path: str
-    container: str
-    tensors: dict[str, TensorRef]
-    metadata: dict[str, str]
-    size: int
-    objects: dict[str, Any] = field(default_factory=dict)
-    wrapper: str = ""
-    on_close: Callable[[], None] = field(default=_nothing, repr=False)
+    def __init__(
+        self,
+        path: str,
+        container: str,
+        tensors: dict[str, TensorRef],
+        metadata: dict[str, str],
+        size: int,
+        objects: dict[str, Any] | None = None,
+        wrapper: str = "",
+        on_close: Callable[[], None] = _nothing,
+    ) -> None:
+        self.path = path
+        self.container = container
+        self.tensors = tensors
+        self.metadata = metadata
+        self.size = size
+        self.objects = objects or {}
+        self.wrapper = wrapper
+        self.on_close = on_close
 
     def close(self) -> None:
         """Let go of the file. Tensors that were loaded stay valid; the others can no longer be loaded.
