@@ -12,9 +12,12 @@ from loratools.errors import LoraError
 from loratools.model import Adapter, Layout, Module, Rows, Target
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from os import PathLike
 
     from loratools.ops.results import Info
+
+    Multipliers = Mapping[str, float] | Sequence[float]
 
 __version__ = "0.1.0"
 
@@ -82,11 +85,14 @@ def merge(
     adapters: Sequence[Adapter],
     *,
     weights: Sequence[float] | None = None,
+    component_weights: Multipliers | Sequence[Multipliers] = (),
+    block_weights: Multipliers | Sequence[Multipliers] = (),
     method: str = "linear",
     rank: int | None = None,
     layout: str | None = None,
     dtype: str = "keep",
     device: str = "auto",
+    threads: int | None = None,
     allow_nonfinite: bool = False,
     drop: Iterable[str] = (),
     **options: Any,
@@ -96,11 +102,15 @@ def merge(
     Args:
         adapters: From ``load``; rank, alpha, layout, dtype and modules may differ.
         weights: What each ΔW is multiplied by; default 1 each.
+        component_weights: Multipliers by component ({"text_encoder": 0.5}): one mapping for all, or a list of one each.
+        block_weights: Multipliers by block (IN04, MID, D07, or the beginning of a path), or a vector of numbers: one
+            for all, or a list of one each.
         method: "linear" (Σ weight · ΔW exactly), "concat", "ties".
         rank: Of the result, a count; None: lossless where the method allows it.
         layout: Of the result; default as the first adapter came.
         dtype: The store dtype: "float32", "float16", "bfloat16", or "keep".
         device: Where to compute: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        threads: How many modules are worked on side by side, a count; default: one per processor.
         allow_nonfinite: Go on with NaN or Inf in a factor.
         drop: What may be left out: "extras", the tensors that belong to no module.
         options: The method's own: ``density`` (the fraction kept, in (0, 1]), ``lam``, ``seed``.
@@ -113,11 +123,14 @@ def merge(
     merged, _ = run(
         adapters,
         weights=weights,
+        component_weights=component_weights,
+        block_weights=block_weights,
         method=method,
         rank=rank,
         layout=layout,
         dtype=dtype,
         device=device,
+        threads=threads,
         allow_nonfinite=allow_nonfinite,
         drop=drop,
         **options,

@@ -139,7 +139,7 @@ def save(
         dtype: "float32", "float16", "bfloat16", "float64", or "keep".
         drop: What may be left out: "extras", the tensors that belong to no module.
         overwrite: Whether an existing output may be replaced.
-        progress: Called with the count of bytes written so far.
+        progress: Called after each tensor with its size in bytes.
 
     Returns:
         Bytes written.

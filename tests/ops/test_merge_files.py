@@ -320,3 +320,16 @@ def test_a_kind_that_cannot_be_merged_is_said_before_shapes_are_compared(tmp_pat
     make.write_safetensors(tmp_path / "b.safetensors", tensors, None)
     with pytest.raises(UnsupportedKindError, match="LoKr"):
         lt.merge([lt.load(one.path), lt.load(tmp_path / "b.safetensors")])
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("linear", {"rank": 3}), ("ties", {"density": 0.4, "rank": 5})]
+)
+def test_how_many_threads_there_are_changes_no_byte(
+    method: str, options: dict[str, float], tmp_path: Path
+) -> None:
+    paths = [make.kohya(tmp_path / f"{seed}.safetensors", "sdxl", seed=seed).path for seed in (1, 2)]
+    for threads in (1, 2, 5):
+        merge_files(paths, tmp_path / f"m{threads}.safetensors", method=method, threads=threads, **options)
+    first = (tmp_path / "m1.safetensors").read_bytes()
+    assert all((tmp_path / f"m{threads}.safetensors").read_bytes() == first for threads in (2, 5))
