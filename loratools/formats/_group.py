@@ -21,8 +21,12 @@ _CLIP_PROJECTION = r"\.self_attn\.to_(q|k|v|out)$"
 _STEMLESS = "(whole model)"
 
 
-def group(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Group], dict[str, TensorRef]]:
+def group(tensors: Mapping[str, TensorRef], path: str = "") -> tuple[dict[str, Group], dict[str, TensorRef]]:
     """Take all keys apart.
+
+    Args:
+        tensors: By key.
+        path: The file, for messages.
 
     Returns:
         The modules by stem, in the file's order, and the tensors that belong to none.
@@ -55,6 +59,7 @@ def group(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Group], dict[str,
         if part.suffix.role in found.roles and not part.adapter:
             raise NameResolutionError(
                 f"{stem} has its {part.suffix.role} twice",
+                path=path or None,
                 keys=[found.roles[part.suffix.role].name, key],
                 todo="Keep one of them",
             )
@@ -63,6 +68,7 @@ def group(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Group], dict[str,
     if len(adapters) > 1:
         raise NotAnAdapterError(
             f"the file holds {len(adapters)} adapters at once",
+            path=path or None,
             keys=sorted(adapters),
             todo="Save them one by one, or keep the keys of one",
         )

@@ -15,6 +15,9 @@ from loratools.errors import MalformedFileError
 from loratools.formats._base import Scale
 from loratools.model import Module
 
+# Initialisations that take part of the base weight into the factors, and leave the rest as the base.
+_MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 # What a LoraConfig says that a computed adapter no longer has.
 _RESET: dict[str, Any] = {
     "use_rslora": False,
@@ -57,13 +60,25 @@ def scale(config: Mapping[str, Any], module: str, rank: int) -> Scale:
     """
     alpha = pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha"))
     stated = pattern_value(config.get("rank_pattern"), module, config.get("r"))
-    note = ""
+    note = _mutated(config)
     if isinstance(stated, int) and stated != rank:
         note = f"adapter_config.json says rank {stated} for {module}, its tensors have rank {rank}"
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         return Scale(1.0, None, note or "the configuration states no lora_alpha; a scale of 1 is assumed")
     divisor = math.sqrt(rank) if config.get("use_rslora") else rank
     return Scale(alpha / divisor, float(alpha), note)
+
+
+def _mutated(config: Mapping[str, Any]) -> str:
+    """What to say of an adapter that is only valid on a base that its training changed."""
+    method = str(config.get("init_lora_weights")).lower()
+    if method.startswith(_MUTATING):
+        return (
+            f"init_lora_weights is {method}: ΔW is relative to the base that this initialisation has changed"
+        )
+    if config.get("layer_replication"):
+        return "layer_replication repeats layers: their numbers are not those of the base"
+    return ""
 
 
 def build(

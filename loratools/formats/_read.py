@@ -51,7 +51,7 @@ def read(
     """
     if sequence:
         tensors = _listed(tensors)
-    groups, extras = group(tensors)
+    groups, extras = group(tensors, path)
     facts = Facts(
         groups, tuple(tensors), metadata=metadata, config=config, container=container, sequence=sequence
     )

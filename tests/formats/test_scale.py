@@ -206,3 +206,12 @@ def test_every_scale_is_finite_for_every_rank(tmp_path: Path) -> None:
         (module,) = lt.load(made.path).modules.values()
         assert module.rank == rank
         assert math.isclose(module.scale, 1 / rank)
+
+
+@pytest.mark.parametrize("method", ["pissa", "pissa_niter_16", "olora", "loftq"])
+def test_an_adapter_for_a_changed_base_says_so_once(method: str, tmp_path: Path) -> None:
+    made = make.peft(tmp_path / "a", config={"init_lora_weights": method})
+    notes = lt.load(made.path).notes
+    assert len(notes) == 1
+    assert method in notes[0]
+    assert not lt.load(make.peft(tmp_path / "b", config={"init_lora_weights": "gaussian"}).path).notes
