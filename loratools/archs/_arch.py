@@ -33,6 +33,9 @@ class Resolved(NamedTuple):
     separator: str
 
 
+_LEAST_REAL_WIDTH = 768
+
+
 class Width(NamedTuple):
     """A width that tells an architecture from others that spell their names alike.
 
@@ -51,6 +54,28 @@ class Width(NamedTuple):
         if resolved.component != self.component:
             return False
         return any(resolved.path == tail or resolved.path.endswith("." + tail) for tail in self.tails)
+
+
+class Proportion(NamedTuple):
+    """Height to width of some weights, which holds at any size of the model.
+
+    Attributes:
+        tails: The last segments of the native paths that have it.
+        height: Of the whole weight, in parts.
+        width: In the same parts.
+    """
+
+    tails: tuple[str, ...]
+    height: int
+    width: int
+
+    def denies(self, resolved: Resolved, out: int, into: int) -> bool:
+        """Whether the rule says something about this weight, and something else than its shape (out, in)."""
+        if not any(resolved.path.endswith("." + tail) for tail in self.tails):
+            return False
+        rows = resolved.rows
+        whole = out * rows.of // rows.shares if rows is not None else out
+        return whole * self.width != into * self.height
 
 
 class _Spot(NamedTuple):
@@ -75,6 +100,8 @@ class Arch:
         base_models: Beginnings of words in base models' names that mean it, in lower case, "-" between words.
         widths: What tells it from architectures that spell their names alike.
         markers: Parts of paths, with "#" for numbers, that mean it where no table explains a file.
+        proportions: What its denoiser's weights are shaped like, at any size.
+        depths: How many blocks it has under a name, where relatives with more of them spell their names alike.
         blocks: What people call its blocks.
         vectors: Which blocks a vector of so many numbers weighs, by its length.
     """
@@ -87,6 +114,8 @@ class Arch:
     base_models: tuple[str, ...] = ()
     widths: tuple[Width, ...] = ()
     markers: tuple[str, ...] = ()
+    proportions: tuple[Proportion, ...] = ()
+    depths: Mapping[str, int] = field(default_factory=dict)
     blocks: tuple[Block, ...] = ()
     vectors: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
@@ -94,6 +123,22 @@ class Arch:
         """What people call the block that a weight lies in, or None where it lies in none."""
         labels = (block.of(path) for block in self.blocks if block.component == component)
         return next((label for label in labels if label), None)
+
+    def denies(self, resolved: Resolved, shape: tuple[int, int] | None) -> bool:
+        """Whether a weight of this name cannot be this architecture's: its place, its shape, or its width."""
+        if resolved.component != self.components[0].name:
+            return False
+        stem, _, rest = resolved.path.partition(".")
+        number = rest.split(".", 1)[0]
+        if stem in self.depths and number.isdigit() and int(number) >= self.depths[stem]:
+            return True
+        if shape is None:
+            return False
+        # Tiny models, made for tests, have any width; those that people use are no narrower than this.
+        foreign = shape[1] >= _LEAST_REAL_WIDTH and any(
+            rule.size != shape[1] and rule.speaks_of(resolved) for rule in self.widths
+        )
+        return foreign or any(rule.denies(resolved, *shape) for rule in self.proportions)
 
     @cached_property
     def has_table(self) -> bool:

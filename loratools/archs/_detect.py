@@ -153,15 +153,27 @@ def _longest_marker(arch: Arch, path: str) -> int:
 
 
 def _by_identity(
-    arch: Arch, stems: Mapping[str, object], coverage: float, metadata: Mapping[str, str], base_model: str
+    arch: Arch,
+    stems: Mapping[str, object],
+    coverage: float,
+    metadata: Mapping[str, str],
+    base_model: str,
+    notes: tuple[str, ...] = (),
 ) -> Detection:
     resolved = {stem: meaning for stem in stems if (meaning := arch.resolve(stem)) is not None}
-    notes = tuple(
+    notes += tuple(
         f"{source} says {value} ({said.name}), but the names are not those of {said.name}"
         for source, value, said in _claims(metadata, base_model)
         if said is not arch
     )
     return Detection(arch.name, (), coverage, notes, resolved)
+
+
+def _denied(
+    arch: Arch, explained: Mapping[str, Resolved], stems: Mapping[str, tuple[int, int] | None]
+) -> str:
+    """The first weight that this architecture cannot have, though it has the name; empty if there is none."""
+    return next((stem for stem, meaning in explained.items() if arch.denies(meaning, stems[stem])), "")
 
 
 def _by_table(
@@ -172,7 +184,15 @@ def _by_table(
 ) -> Detection:
     """Choose among the architectures that explain the names equally well."""
     contenders = [_archs()[name] for name in explained]
-    told_by = "its names"
+    denied = {arch.name: _denied(arch, explained[arch.name], stems) for arch in contenders}
+    contenders = [arch for arch in contenders if not denied[arch.name]]
+    if not contenders:
+        notes = tuple(
+            f"the names are like those of {name}, but {stem} cannot be one of its weights"
+            for name, stem in denied.items()
+        )
+        return _by_identity(_archs()[UNKNOWN], stems, 0.0, metadata, base_model, notes)
+    told_by = "its names and widths" if len(contenders) < len(denied) else "its names"
     if len(contenders) > 1:
         fitting = _by_width(contenders, explained, stems)
         if len(fitting) < len(contenders):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loratools.archs._arch import Arch, Width
+from loratools.archs._arch import Arch, Proportion, Width
 from loratools.archs._blocks import FLUX_BLOCKS, FLUX_VECTORS
 from loratools.archs._clip import CLIP, CLIP_READS_HIDDEN
 from loratools.archs._t5 import T5_ENCODER
@@ -118,6 +118,14 @@ ARCH = Arch(
         Width("text_encoder", CLIP_READS_HIDDEN, 768),
         Width("text_encoder_2", ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v"), 4096),
     ),
+    # Flux.2 has gated MLPs and another width under the same names, FramePack two more blocks of each kind.
+    proportions=(
+        Proportion(("img_attn.qkv", "txt_attn.qkv"), 3, 1),
+        Proportion(("img_mlp.0", "txt_mlp.0"), 4, 1),
+        Proportion(("linear1",), 7, 1),
+        Proportion(("linear2",), 1, 5),
+    ),
+    depths={"double_blocks": 19, "single_blocks": 38},
     blocks=FLUX_BLOCKS,
     vectors=FLUX_VECTORS,
 )

@@ -55,7 +55,8 @@ def with_widths(stems, size):
 )
 def test_every_spelling_is_detected(name, paths, context, spelling):
     stems = spelt(name, paths, *spelling)
-    detection = detect(with_widths(stems, context), {})
+    widths = dict.fromkeys(stems) if name == "flux" else with_widths(stems, context)
+    detection = detect(widths, {})
     assert (detection.arch, detection.candidates, detection.coverage, detection.notes) == (name, (), 1.0, ())
     assert {each.path for each in detection.resolved.values()} == set(paths)
     assert {each.dialect for each in detection.resolved.values()} == {spelling[1]}
@@ -161,8 +162,49 @@ def test_a_lone_text_encoder_is_told_by_its_width_as_far_as_it_goes(width, candi
 
 
 def test_pruned_and_deeper_variants_are_the_same_architecture():
-    stems = [f"lora_unet_double_blocks_{block}_img_attn_proj" for block in (0, 30, 99)]
-    assert detect(dict.fromkeys(stems), {}).arch == "flux"
+    pruned = [f"lora_unet_double_blocks_{block}_img_attn_proj" for block in (0, 7, 18)]
+    assert detect(dict.fromkeys(pruned), {}).arch == "flux"
+    deeper = [f"lora_unet_input_blocks_8_1_transformer_blocks_{block}_attn1_to_q" for block in (0, 30, 99)]
+    assert detect(dict.fromkeys(deeper), {}).arch == "sdxl"
+
+
+FLUX_SHAPES = {
+    "lora_unet_double_blocks_0_img_attn_qkv": (3, 1),
+    "lora_unet_double_blocks_0_txt_mlp_0": (4, 1),
+    "lora_unet_single_blocks_0_linear1": (7, 1),
+    "lora_unet_single_blocks_0_linear2": (1, 5),
+}
+
+
+@pytest.mark.parametrize("width", [16, 3072])
+def test_proportions_hold_at_any_size(width):
+    stems = {stem: (height * width, wide * width) for stem, (height, wide) in FLUX_SHAPES.items()}
+    assert detect(stems, {}).arch == "flux"
+    # Flux.2's gated MLPs: the same names in other proportions.
+    gated = {**stems, "lora_unet_single_blocks_0_linear1": (9 * width, width)}
+    found = detect(gated, {})
+    assert found.arch == "unknown"
+    assert "linear1" in found.notes[0]
+
+
+def test_a_split_weights_pieces_have_their_share_of_the_proportion():
+    stem = "transformer.single_transformer_blocks.0"
+    pieces = {f"{stem}.attn.to_{part}": (16, 16) for part in "qkv"} | {f"{stem}.proj_mlp": (64, 16)}
+    assert detect(pieces, {}).arch == "flux"
+    assert detect({**pieces, f"{stem}.proj_mlp": (48, 16)}, {}).arch == "unknown"
+
+
+@pytest.mark.parametrize(
+    "stems",
+    [
+        {"lora_unet_double_blocks_0_img_attn_qkv": (3 * 6144, 6144)},
+        {"lora_unet_transformer_blocks_19_attn_to_q": (3072, 3072)},
+        {"lora_unet_single_transformer_blocks_38_proj_mlp": (12288, 3072)},
+    ],
+    ids=["Flux.2's width", "FramePack's double blocks", "FramePack's single blocks"],
+)
+def test_relatives_under_the_same_names_are_not_flux(stems):
+    assert detect(stems, {}).arch == "unknown"
 
 
 def test_names_that_an_architecture_does_not_have_are_counted_and_noted():
