@@ -102,6 +102,7 @@ class Arch:
         markers: Parts of paths, with "#" for numbers, that mean it where no table explains a file.
         proportions: What its denoiser's weights are shaped like, at any size.
         depths: How many blocks it has under a name, where relatives with more of them spell their names alike.
+        foreign: Words in names of relatives that share most of its own; a file that has one is of a relative.
         blocks: What people call its blocks.
         vectors: Which blocks a vector of so many numbers weighs, by its length.
     """
@@ -116,6 +117,7 @@ class Arch:
     markers: tuple[str, ...] = ()
     proportions: tuple[Proportion, ...] = ()
     depths: Mapping[str, int] = field(default_factory=dict)
+    foreign: tuple[str, ...] = ()
     blocks: tuple[Block, ...] = ()
     vectors: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 

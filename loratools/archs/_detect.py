@@ -50,6 +50,10 @@ _PIPELINE = (
 )
 
 
+# How diffusers names the parts of its transformers, which no language model does.
+_IMAGE = (".attn1.to_", ".attn2.to_", ".attn.to_q", ".ff.net.", ".ffn.net.")
+
+
 class _Stem(NamedTuple):
     text: str
     skeleton: str
@@ -126,7 +130,7 @@ def _marked(stems: Sequence[_Stem], base_model: str) -> tuple[Arch | None, int]:
     A stem belongs to the longest marker found in it. Architectures that share it are told apart by the base
     model's name; the first one stands for the others, as language models are the most common.
     """
-    if any(stem.text.startswith(_PIPELINE) for stem in stems):
+    if any(stem.text.startswith(_PIPELINE) or any(part in stem.text for part in _IMAGE) for stem in stems):
         return None, 0
     marked = [arch for arch in _archs().values() if arch.markers]
     counts: Counter[str] = Counter()
@@ -172,8 +176,12 @@ def _by_identity(
 def _denied(
     arch: Arch, explained: Mapping[str, Resolved], stems: Mapping[str, tuple[int, int] | None]
 ) -> str:
-    """The first weight that this architecture cannot have, though it has the name; empty if there is none."""
-    return next((stem for stem, meaning in explained.items() if arch.denies(meaning, stems[stem])), "")
+    """The first name, known or not, of a weight that this architecture cannot have; empty if there is none."""
+    for stem, shape in stems.items():
+        meaning = explained.get(stem)
+        if arch.denies(meaning, shape) if meaning is not None else any(word in stem for word in arch.foreign):
+            return stem
+    return ""
 
 
 def _by_table(

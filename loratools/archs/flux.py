@@ -126,6 +126,19 @@ ARCH = Arch(
         Proportion(("linear2",), 1, 5),
     ),
     depths={"double_blocks": 19, "single_blocks": 38},
+    # Chroma, Flux.2, Hunyuan Video, Qwen-Image, Stable Diffusion 3.
+    foreign=(
+        "distilled_guidance_layer",
+        "stream_modulation",
+        "token_refiner",
+        "mlp_fc1",
+        "img_mlp",
+        "img_mod",
+        "txt_mod",
+        "pos_embed",
+        "attn2.to_",
+        "attn2_to_",
+    ),
     blocks=FLUX_BLOCKS,
     vectors=FLUX_VECTORS,
 )

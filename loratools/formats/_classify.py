@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
-from loratools.formats._base import Facts
+from loratools.formats._base import Facts, Group
 from loratools.tensors import TensorRef
 
 TITLES: dict[str, str] = {
@@ -61,11 +61,19 @@ def classify(facts: Facts, extras: Mapping[str, TensorRef]) -> str:
     for name, test in _TESTS:
         if test(facts, extras):
             return name
-    if any(found.roles.keys() - {"alpha", "magnitude"} for found in facts.groups.values()):
+    if any(_is_factored(found) for found in facts.groups.values()):
         return "adapter"
     weights = sum(key.endswith((".weight", ".bias")) for key in facts.keys)
     known = any(key.startswith(_BASE) for key in facts.keys)
     return "checkpoint" if known or weights >= 0.9 * len(facts.keys) else "unknown"
+
+
+def _is_factored(found: Group) -> bool:
+    """Whether a group has factors, and not just parameters that happen to be called like some."""
+    if found.roles.keys() <= {"alpha", "magnitude", "scalar", "rescale"}:
+        return False
+    plain = all(role.startswith("glora_") for role in found.roles)
+    return not plain or found.stem.startswith(("lora_", "lycoris_"))
 
 
 _TUNINGS = {
@@ -125,6 +133,10 @@ def _prompt(facts: Facts, _: Mapping[str, TensorRef]) -> bool:
     }
 
 
+def _optimizer(facts: Facts, extras: Mapping[str, TensorRef]) -> bool:
+    return not facts.groups and any(key.endswith((".exp_avg", ".momentum_buffer")) for key in extras)
+
+
 _TESTS: tuple[tuple[str, Callable[[Facts, Mapping[str, TensorRef]], bool]], ...] = (
     ("ip-adapter", _ip_adapter),
     ("controlnet-lllite", _starts("lllite_unet_")),
@@ -132,6 +144,7 @@ _TESTS: tuple[tuple[str, Callable[[Facts, Mapping[str, TensorRef]], bool]], ...]
     ("t2i-adapter", _starts("adapter.body.", "body.0.resnets.", "adapter.conv_in.")),
     ("bottleneck-adapter", _any(".adapter_down.", ".adapter_up.", ".phm_rule")),
     ("prompt-tuning", _prompt),
+    ("optimizer", _optimizer),
     ("textual-inversion", _textual_inversion),
     ("vae", _vae),
 )

@@ -40,7 +40,18 @@ def body(arch: str, target: Target, dialect: str, separator: str, layout: Layout
             )
     if target.rows is not None:
         raise cannot_hold(layout, "part of a fused weight", [str(target)])
+    if separator == "." and _is_flattened(target.path):
+        raise cannot_hold(
+            layout,
+            "names whose dots a flattened layout has replaced, as long as the architecture is unknown",
+            [target.path],
+            "Say which it is with --arch",
+        )
     return target.path.replace(".", "_") if separator == "_" else target.path
+
+
+def _is_flattened(path: str) -> bool:
+    return "." not in path and any(part.isdigit() for part in path.split("_"))
 
 
 def peft_magnitude(magnitude: TensorRef, module: Module, layout: Layout) -> TensorRef:

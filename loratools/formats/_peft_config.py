@@ -82,7 +82,11 @@ def _mutated(config: Mapping[str, Any]) -> str:
 
 
 def build(
-    modules: Iterable[tuple[str, Module]], start: Mapping[str, Any], *, keep_targets: bool
+    modules: Iterable[tuple[str, Module]],
+    start: Mapping[str, Any],
+    *,
+    keep_targets: bool,
+    anchored: bool = True,
 ) -> dict[str, Any]:
     """A configuration that is true for these modules.
 
@@ -90,11 +94,14 @@ def build(
         modules: Dotted path in the base model, and module.
         start: A configuration to keep the other fields of, or empty.
         keep_targets: Whether ``target_modules`` of ``start`` names exactly these modules.
+        anchored: Whether the paths are whole; else they are tails of what the base model may call its modules.
 
     Returns:
         A mapping that PEFT's LoraConfig accepts.
     """
     found = list(modules)
+    # PEFT matches a pattern against any dotted tail; anchored, it means this module alone.
+    start_of_path = "^" if anchored else ""
     ranks = {path: module.rank or 1 for path, module in found}
     alphas = {path: module.scale * ranks[path] for path, module in found}
     rank = Counter(ranks.values()).most_common(1)[0][0]
@@ -104,9 +111,13 @@ def build(
     config.update(
         r=rank,
         lora_alpha=_whole(alpha),
-        rank_pattern={_exactly(path): value for path, value in sorted(ranks.items()) if value != rank},
+        rank_pattern={
+            start_of_path + re.escape(path): value for path, value in sorted(ranks.items()) if value != rank
+        },
         alpha_pattern={
-            _exactly(path): _whole(value) for path, value in sorted(alphas.items()) if value != alpha
+            start_of_path + re.escape(path): _whole(value)
+            for path, value in sorted(alphas.items())
+            if value != alpha
         },
     )
     if not keep_targets or not config.get("target_modules"):
@@ -120,11 +131,6 @@ def build(
     if any(module.in_first and module.op == "linear" for _, module in found):
         config["fan_in_fan_out"] = True
     return config
-
-
-def _exactly(path: str) -> str:
-    # PEFT matches a pattern against any dotted tail; anchored, it means this module alone.
-    return "^" + re.escape(path)
 
 
 def _whole(value: float) -> float | int:

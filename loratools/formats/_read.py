@@ -233,10 +233,13 @@ class _Reader:
             return Scale(1.0)
         if kind == "adalora":
             return _pruned_scale(roles, self.facts.config, rank)
+        # LyCORIS' trained factor; it is usually folded into the weights when they are saved.
+        further = roles["scalar"].scalar() if "scalar" in roles else 1.0
         if "alpha" in roles:
             alpha = roles["alpha"].scalar()
-            return Scale(alpha / rank, alpha)
+            return Scale(further * alpha / rank, alpha)
         scale = self.format.scaler(found, target.component, rank, self.facts)
+        scale = scale._replace(value=further * scale.value)
         if scale.note:
             self.scales.append(scale.note)
         return scale

@@ -106,7 +106,14 @@ def _body(module: Module, adapter: Adapter, layout: Layout) -> str:
     return _names.body(adapter.arch, module.target, "diffusers", ".", layout)
 
 
+def _in_any_transformers(path: str) -> str:
+    """A module's path as every release of transformers ends it: since 5.6 CLIP has no ``text_model`` level."""
+    return path.removeprefix("text_model.")
+
+
 def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef]:
+    if module.target.component in ("language_model", "speech_model", "vision_model"):
+        raise cannot_hold(layout, f"a {module.target.component}", [str(module.target)], "Write it as peft")
     body = _body(module, adapter, layout)
     prefix = "" if layout.variant == "no-prefix" else _prefix(module, adapter)
     # The attention processors' generation names only four projections; what it lacks is spelt the later way,
@@ -135,8 +142,9 @@ def _finisher(adapter: Adapter, tensors: list[TensorRef], layout: Layout) -> Doc
     flat: dict[str, Any] = {}
     for modules in adapter.components().values():
         prefix = "" if layout.variant == "no-prefix" else _prefix(modules[0], adapter)
-        named = [(_body(module, adapter, layout), module) for module in modules]
-        config = _peft_config.build(named, {}, keep_targets=False)
+        named = [(_in_any_transformers(_body(module, adapter, layout)), module) for module in modules]
+        whole = modules[0].target.component == "denoiser"
+        config = _peft_config.build(named, {}, keep_targets=False, anchored=whole)
         flat.update({prefix + key: value for key, value in config.items()})
     metadata[_HEADER] = json.dumps(flat, indent=2, sort_keys=True)
     return Document(tuple(tensors), metadata)

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 
 # Roles of which ΔW or the bias is made in factor space.
-_OWN = ("up", "down", "mid", "up_bias", "diff_b")
+_OWN = ("up", "down", "mid", "up_bias", "diff_b", "scalar")
+
+
+def is_product(module: Module) -> bool:
+    """Whether ΔW is the product of the factors alone: no magnitude and nothing added beside them."""
+    return module.kind == "lora" and module.magnitude is None and module.factors.keys() <= set(_OWN)
 
 
 def _rank(factors: Factors) -> int:

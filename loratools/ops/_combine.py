@@ -17,6 +17,11 @@ from loratools.ops._request import Request
 from loratools.ops.align import Contribution
 from loratools.tensors import DTYPES, TensorRef, from_torch
 
+# float16 loses digits below 6e-5; factors of a usual adapter are far larger.
+_SMALL = 1e-3
+# A relative error that is worth a sentence: float16's own is 5e-4.
+_NOTABLE = 5e-3
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Combined:
@@ -72,8 +77,9 @@ def combine(asked: Request, target: Target, contributions: Sequence[Contribution
     parts = [methods.Part(*pair) for pair in zip(factors, weights, strict=True)]
     outcome = asked.method.combine(parts, asked.options)
     merged = outcome.factors.to(COMPUTE)
+    module = _module(asked, target, active, merged)
     size = outcome.square if outcome.square is not None else _energy_of(merged)
-    return Combined(_module(asked, target, active, merged), sources, outcome.energy, size)
+    return Combined(module, sources, outcome.energy, size, note=_underflow(module, merged))
 
 
 def _weight(asked: Request, each: Contribution) -> float:
@@ -151,6 +157,22 @@ def _module(asked: Request, target: Target, active: Sequence[Contribution], fact
         op=first.op,
         in_first=first.in_first,
     )
+
+
+def _underflow(module: Module, factors: Factors) -> str:
+    """What to say where the store dtype is too coarse for values this small; empty where it is not."""
+    for role, wide in (("up", factors.up), ("down", factors.down)):
+        ref = module.factors[role]
+        largest = float(wide.abs().max())
+        if ref.dtype != "F16" or not 0.0 < largest < _SMALL:
+            continue
+        lost = float((ref.load().flatten(1).to(wide) - wide).norm() / wide.norm())
+        if lost > _NOTABLE:
+            return (
+                f"{module.target}: values no larger than {largest:.1g} lose {lost:.1%} to float16's rounding; "
+                "choose --dtype float32 or bfloat16"
+            )
+    return ""
 
 
 def _bias(asked: Request, active: Sequence[Contribution], role: str) -> torch.Tensor | None:

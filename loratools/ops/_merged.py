@@ -14,6 +14,7 @@ from loratools import __version__
 from loratools.errors import LayoutError, OptionError
 from loratools.model import Adapter, Module, Target
 from loratools.ops import _metadata, files
+from loratools.ops._request import Request
 from loratools.tensors import TensorRef
 
 RECORD = "loratools.merge"
@@ -141,6 +142,23 @@ def _sha256(path: str) -> str:
         while chunk := stream.read(_CHUNK):
             whole.update(chunk)
     return whole.hexdigest()
+
+
+def remarks(asked: Request, extras: Mapping[str, TensorRef], modules: Mapping[Target, Module]) -> list[str]:
+    """What the caller should know of a result that is right, and may surprise."""
+    said: list[str] = []
+    if extras and set(asked.weights) - {0.0, 1.0}:
+        said.append(
+            f"{len(extras)} tensors replace weights of the base and were carried whole, whatever the weights "
+            f"(first: {next(iter(extras))})"
+        )
+    ranks = {module.rank for module in modules.values()}
+    if asked.layout.name == "kohya" and len(ranks) > 1:
+        said.append(
+            "the modules have several ranks; diffusers applies one alpha to all modules of such a Kohya file. "
+            "For diffusers choose --to diffusers, or a --rank that all have"
+        )
+    return said
 
 
 def config(

@@ -28,7 +28,7 @@ _PRESENT = {
 
 
 # Tensors beside a LoRA's factors that its ΔW has and no merge method takes.
-_BESIDE = {"diff", "scalar", "bias_indices", "bias_values", "bias_size"}
+_BESIDE = {"diff", "bias_indices", "bias_values", "bias_size"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

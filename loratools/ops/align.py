@@ -14,9 +14,12 @@ from math import lcm
 import torch
 
 from loratools import archs
-from loratools.errors import ArchitectureError, ShapeError
+from loratools.errors import ArchitectureError, NameResolutionError, ShapeError
 from loratools.model import Adapter, Module, Rows, Target
 from loratools.ops import files
+
+# Architectures without a table, whose paths are their own names.
+_IDENTITY = {"llm", "speech", "vision"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,7 @@ def align(adapters: Sequence[Adapter], arch: str, dialect: str) -> dict[Target, 
         for module in adapter.modules.values():
             key = (module.target.component, module.target.path)
             by_path.setdefault(key, []).append((source, module))
+    _refuse_two_spellings(by_path)
     found: dict[Target, list[Contribution]] = {}
     for (component, path), members in by_path.items():
         pieces = _pieces(members, component, path, arch, dialect)
@@ -104,6 +108,27 @@ def align(adapters: Sequence[Adapter], arch: str, dialect: str) -> dict[Target, 
                 found[target] = [Contribution(source, module, target) for source, module in touching]
     _check_shapes(found, adapters)
     return found
+
+
+def _refuse_two_spellings(by_path: Mapping[tuple[str, str], object]) -> None:
+    """Refuse weights of an unknown architecture that inputs name with dots and with underscores.
+
+    Raises:
+        NameResolutionError: They may be one weight, which would not be summed.
+    """
+    flattened: dict[str, str] = {}
+    twins: list[str] = []
+    for _, path in by_path:
+        other = flattened.setdefault(path.replace(".", "_"), path)
+        if other != path:
+            twins.append(f"{other} and {path}")
+    if twins:
+        raise NameResolutionError(
+            f"{len(twins)} weights are named with dots in one input and with underscores in another",
+            keys=twins,
+            expected="Inputs of an architecture that is not known must spell their names alike",
+            todo="Say which architecture it is with --arch",
+        )
 
 
 def _pieces(
@@ -179,10 +204,23 @@ def clarified(adapters: Sequence[Adapter]) -> list[Adapter]:
     most of its names.
     """
     known = {adapter.arch for adapter in adapters} - {"unknown"}
+    if known > {"llm"} and known <= _IDENTITY and _share_a_branch(adapters):
+        # Some parts of a speech or vision model look like a language model's; all inputs are of the one model.
+        name = sorted(known - {"llm"})[0]
+        return [
+            files.load(each.path, arch=name) if each.arch == "llm" and each.path else each
+            for each in adapters
+        ]
     if len(known) != 1:
         return list(adapters)
     name = known.pop()
     return [_as(adapter, name) if adapter.arch == "unknown" else adapter for adapter in adapters]
+
+
+def _share_a_branch(adapters: Sequence[Adapter]) -> bool:
+    """Whether all inputs have modules under the same first two names, such as model.decoder."""
+    branches = [{".".join(target.path.split(".")[:2]) for target in adapter.modules} for adapter in adapters]
+    return bool(set.intersection(*branches))
 
 
 def _as(adapter: Adapter, arch: str) -> Adapter:

@@ -11,6 +11,7 @@ from typing import Any
 
 from loratools import archs
 from loratools.errors import MalformedFileError
+from loratools.kinds import lora
 from loratools.model import Adapter, Module
 from loratools.ops import _metadata, files
 from loratools.ops.results import ComponentInfo, Info, ModuleInfo
@@ -226,9 +227,7 @@ def _energy(modules: Sequence[ModuleInfo]) -> dict[int, float]:
 
 def _spectra(adapter: Adapter) -> dict[int, Any]:
     """Singular values of up · down, without the scale, by the identity of the module."""
-    chosen = [
-        module for module in adapter.modules.values() if module.kind == "lora" and module.magnitude is None
-    ]
+    chosen = [module for module in adapter.modules.values() if lora.is_product(module)]
     if not chosen:
         return {}
     from loratools.maths import norms as maths

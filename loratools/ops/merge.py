@@ -78,7 +78,9 @@ def merge(
         options=options,
     )
     refuse(asked)
-    extras, dropped = _merged.extras(asked.adapters, asked.layout.name, drop)
+    # A weight of 0 is absence: of modules, and of what lies beside them.
+    present = [each for each, weight in zip(asked.adapters, asked.weights, strict=True) if weight != 0.0]
+    extras, dropped = _merged.extras(present, asked.layout.name, drop)
     targets = align.align(asked.adapters, asked.arch, formats.get(asked.layout.name).dialect)
     with _merged.Inputs(asked.adapters, asked.weights) as inputs:
         results = _run(asked, targets, threads, progress)
@@ -89,13 +91,14 @@ def merge(
         raise OptionError("every weight is 0: nothing is left to merge")
     notes = [note for adapter in asked.adapters for note in adapter.notes]
     notes += [each.note for each in results.values() if each.note]
+    notes += _merged.remarks(asked, extras, modules)
     merged = Adapter(
         modules=modules,
         extras=extras,
         metadata=_merged.metadata(asked.adapters, asked.method.name, described),
         arch=asked.arch,
         layout=asked.layout,
-        config=_merged.config(asked.adapters, modules, extras),
+        config=_merged.config(present, modules, extras),
         notes=tuple(dict.fromkeys(notes)),
     )
     return merged, _report(asked, merged, results, described, dropped)

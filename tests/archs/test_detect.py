@@ -208,13 +208,11 @@ def test_relatives_under_the_same_names_are_not_flux(stems):
 
 
 def test_names_that_an_architecture_does_not_have_are_counted_and_noted():
-    stems = [*spelt("flux", FLUX, "kohya", NATIVE, "_"), "lora_unet_double_blocks_0_img_mlp_fc1"]
+    stems = [*spelt("flux", FLUX, "kohya", NATIVE, "_"), "lora_unet_double_blocks_0_extra"]
     detection = detect(dict.fromkeys(stems), {})
     assert (detection.arch, detection.coverage) == ("flux", 0.75)
-    assert (
-        "1 of 4 names are not those of flux (first: lora_unet_double_blocks_0_img_mlp_fc1)" in detection.notes
-    )
-    assert "lora_unet_double_blocks_0_img_mlp_fc1" not in detection.resolved
+    assert "1 of 4 names are not those of flux (first: lora_unet_double_blocks_0_extra)" in detection.notes
+    assert "lora_unet_double_blocks_0_extra" not in detection.resolved
 
 
 def test_less_than_half_explained_is_unknown():
@@ -292,3 +290,15 @@ def test_relatives_that_share_names_are_not_mistaken() -> None:
     stems = [f"lora_unet_double_blocks_{n}_img_attn_{part}" for n in range(20) for part in ("qkv", "proj")]
     stems += [f"lora_unet_double_blocks_{n}_img_mlp_fc1" for n in range(20)]
     assert detect(dict.fromkeys(stems), {}).arch == "unknown"
+
+
+@pytest.mark.parametrize("word", ["distilled_guidance_layer_in_proj", "double_blocks_0_img_mlp_fc1"])
+def test_a_word_of_a_relative_says_that_the_file_is_the_relatives(word):
+    stems = [*spelt("flux", FLUX, "kohya", NATIVE, "_"), f"lora_unet_{word}"]
+    assert detect(dict.fromkeys(stems), {}).arch == "unknown"
+
+
+def test_wans_blocks_in_diffusers_spelling_are_no_language_models():
+    stems = [f"transformer.blocks.{n}.{part}" for n in range(3) for part in ("attn1.to_q", "ffn.net.0.proj")]
+    assert detect(dict.fromkeys(stems), {}).arch == "unknown"
+    assert detect(dict.fromkeys(["transformer.blocks.0.attn.Wqkv"]), {}).arch == "llm"
