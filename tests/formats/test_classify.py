@@ -174,3 +174,22 @@ def test_onetrainers_mixture(tmp_path: Path) -> None:
         weight.target for weight in make.FLUX_SPLIT if weight.component == "denoiser"
     }
     assert {module.scale for module in adapter.modules.values()} == {0.5}
+
+
+def test_parameters_that_are_called_like_factors_make_no_adapter(tmp_path: Path) -> None:
+    network = {f"encoder.{name}.weight": torch.ones(4, 4) for name in ("a1", "a2", "b1", "b2")}
+    make.write_safetensors(tmp_path / "a.safetensors", network, None)
+    assert lt.info(tmp_path / "a.safetensors").type == "checkpoint"
+    make.write_safetensors(
+        tmp_path / "b.safetensors", {"net.scalar": torch.ones(1), "net.weight": torch.ones(2, 2)}, None
+    )
+    assert lt.info(tmp_path / "b.safetensors").type != "adapter"
+
+
+def test_an_optimizers_state_is_called_one(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight])
+    weight.sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    assert lt.info(tmp_path / "optimizer.pt").type == "optimizer"

@@ -61,3 +61,33 @@ def _native(name: str) -> str:
     resolved = archs.get("sd15").resolve(f"unet.{name}")
     assert resolved is not None, name
     return resolved.path
+
+
+def test_a_text_encoder_of_a_merged_diffusers_file_loads_in_diffusers(tmp_path: Path) -> None:
+    """The header's configuration must fit CLIP with and without its text_model level."""
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+
+    one = lt.load(FIXTURES / "style-kohya.safetensors")
+    output = tmp_path / "merged.safetensors"
+    lt.save(lt.merge([one, one], weights=[0.5, 0.25], layout="diffusers"), output)
+    state, alphas, metadata = StableDiffusionLoraLoaderMixin.lora_state_dict(
+        str(tmp_path), weight_name=output.name, return_lora_metadata=True
+    )
+    config = transformers.CLIPTextConfig(hidden_size=96, intermediate_size=64, num_attention_heads=4)
+    encoder = transformers.CLIPTextModel(config)
+    StableDiffusionLoraLoaderMixin.load_lora_into_text_encoder(
+        state, network_alphas=alphas, text_encoder=encoder, prefix="text_encoder", metadata=metadata
+    )
+    merged = {target.path: module for target, module in lt.load(output).modules.items()}
+    found = 0
+    for name, layer in encoder.named_modules():
+        if not hasattr(layer, "lora_A"):
+            continue
+        (adapter,) = layer.lora_A
+        there = layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight * layer.scaling[adapter]
+        here = merged["text_model." + name.removeprefix("text_model.")].delta()
+        assert torch.allclose(there, here, rtol=1e-3, atol=1e-5), name
+        found += 1
+    assert found == 24

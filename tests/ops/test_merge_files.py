@@ -333,3 +333,58 @@ def test_how_many_threads_there_are_changes_no_byte(
         merge_files(paths, tmp_path / f"m{threads}.safetensors", method=method, threads=threads, **options)
     first = (tmp_path / "m1.safetensors").read_bytes()
     assert all((tmp_path / f"m{threads}.safetensors").read_bytes() == first for threads in (2, 5))
+
+
+def test_an_absent_inputs_full_weights_are_absent_too(tmp_path: Path) -> None:
+    key = "base_model.model.lm_head.weight"
+    one = make.peft(tmp_path / "a", extra={key: torch.ones(3, 16)}, config={"modules_to_save": ["lm_head"]})
+    two = make.peft(tmp_path / "b", seed=1)
+    adapters = [lt.load(one.path), lt.load(two.path)]
+    absent = lt.merge(adapters, weights=[0, 1])
+    assert not absent.extras
+    lt.save(absent, tmp_path / "m")
+    assert not lt.load(tmp_path / "m").config.get("modules_to_save")
+    # Present at another weight it is carried whole, and that is said.
+    half = lt.merge(adapters, weights=[0.5, 1])
+    assert list(half.extras) == [key]
+    assert any("carried whole" in note for note in half.notes)
+    assert not any("carried whole" in note for note in lt.merge(adapters).notes)
+
+
+def test_a_trained_scalar_multiplies_the_module(tmp_path: Path) -> None:
+    made = make.kohya(tmp_path / "a.safetensors", "sdxl")
+    stem = next(key for key in made.tensors if key.endswith(".lora_up.weight")).removesuffix(
+        ".lora_up.weight"
+    )
+    plain = {str(target): module for target, module in lt.load(made.path).modules.items()}
+    make.write_safetensors(
+        tmp_path / "b.safetensors", {**made.tensors, f"{stem}.scalar": torch.tensor(3.0)}, None
+    )
+    adapter = lt.load(tmp_path / "b.safetensors")
+    scaled = [str(target) for target, module in adapter.modules.items() if "scalar" in module.factors]
+    assert len(scaled) == 1
+    norms = {module.target: module.norm for module in lt.info(tmp_path / "b.safetensors").modules}
+    for target, module in lt.merge([adapter], weights=[1]).modules.items():
+        expected = (3.0 if str(target) in scaled else 1.0) * plain[str(target)].delta()
+        assert torch.allclose(module.delta(), expected, rtol=1e-5, atol=1e-6)
+        assert norms[str(target)] == pytest.approx(float(expected.norm()), rel=1e-5)
+        assert "scalar" not in module.factors
+
+
+def test_values_that_float16_cannot_resolve_are_said(tmp_path: Path) -> None:
+    made = make.kohya(tmp_path / "a.safetensors", "sdxl")
+    tiny = {key: tensor * (1e-7 if "lora_" in key else 1) for key, tensor in made.tensors.items()}
+    make.write_safetensors(tmp_path / "b.safetensors", tiny, None)
+    lossy = lt.merge([lt.load(tmp_path / "b.safetensors")], weights=[0.5], dtype="float16")
+    assert any("float16" in note for note in lossy.notes)
+    assert not any(
+        "float16" in note for note in lt.merge([lt.load(made.path)], weights=[0.5], dtype="float16").notes
+    )
+
+
+def test_several_ranks_in_a_kohya_file_are_remarked_on(tmp_path: Path) -> None:
+    made = make.kohya(tmp_path / "a.safetensors", "sdxl")
+    other = make.kohya(tmp_path / "b.safetensors", "sdxl", seed=1, only=["text_model"])
+    adapters = [lt.load(made.path), lt.load(other.path)]
+    assert any("several ranks" in note for note in lt.merge(adapters).notes)
+    assert not any("several ranks" in note for note in lt.merge(adapters, rank=1).notes)

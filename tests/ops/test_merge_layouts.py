@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import loratools as lt
+from loratools.errors import LayoutError, NameResolutionError
 
 
 def _sum(weights: tuple[float, ...], *adapters: lt.Adapter) -> dict[str, np.ndarray]:
@@ -294,3 +295,43 @@ def test_alpha_is_stated_once_in_a_merged_diffusers_file(tmp_path: Path) -> None
     assert "lora_adapter_metadata" in metadata
     assert not [key for key in new if key.endswith("alpha")]
     make.assert_close(make.whole(lt.load(tmp_path / "m.safetensors")), _sum((1.0, 1.0), first, second))
+
+
+def test_flattened_names_of_an_unknown_architecture_are_not_written_with_dots(tmp_path: Path) -> None:
+    stem = "lora_unet_blocks_0_cross_thing_q"
+    tensors = {f"{stem}.lora_down.weight": torch.ones(2, 8), f"{stem}.lora_up.weight": torch.ones(8, 2)}
+    make.write_safetensors(tmp_path / "a.safetensors", tensors, None)
+    adapter = lt.load(tmp_path / "a.safetensors")
+    assert adapter.arch == "unknown"
+    for layout, output in (("diffusers", "m.safetensors"), ("peft", "m")):
+        with pytest.raises(LayoutError, match="--arch"):
+            lt.save(lt.merge([adapter], weights=[0.5], layout=layout), tmp_path / output)
+    lt.save(lt.merge([adapter], weights=[0.5]), tmp_path / "kohya.safetensors")
+    assert list(lt.load(tmp_path / "kohya.safetensors").modules) == list(adapter.modules)
+
+
+def test_one_weight_in_two_spellings_of_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
+    kohya, dotted = "lora_unet_blocks_0_cross_thing_q", "diffusion_model.blocks.0.cross_thing.q"
+    for name, stem in (("a", kohya), ("b", dotted)):
+        tensors = {f"{stem}.lora_down.weight": torch.ones(2, 8), f"{stem}.lora_up.weight": torch.ones(8, 2)}
+        make.write_safetensors(tmp_path / f"{name}.safetensors", tensors, None)
+    adapters = [lt.load(tmp_path / f"{name}.safetensors") for name in "ab"]
+    with pytest.raises(NameResolutionError, match="underscores"):
+        lt.merge(adapters)
+
+
+def test_two_adapters_of_one_speech_model_are_of_one_architecture(tmp_path: Path) -> None:
+    """Whisper's projections alone look like a language model's; its convolutions do not."""
+    one = make.peft(tmp_path / "a", (("model.decoder.layers.0.self_attn.q_proj", (16, 16)),))
+    two = make.peft(
+        tmp_path / "b",
+        (("model.decoder.layers.0.encoder_attn.q_proj", (16, 16)),),
+        seed=1,
+        config={"base_model_name_or_path": "openai/whisper-base"},
+    )
+    adapters = [lt.load(one.path), lt.load(two.path)]
+    assert [adapter.arch for adapter in adapters] == ["llm", "speech"]
+    merged = lt.merge(adapters)
+    assert merged.arch == "speech"
+    assert {target.component for target in merged.modules} == {"speech_model"}
+    assert len(merged.modules) == 2
