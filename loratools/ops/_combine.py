@@ -70,15 +70,15 @@ def combine(asked: Request, target: Target, contributions: Sequence[Contribution
     weights = [_weight(asked, each) * each.module.scale for each in active]
     if bad:
         # Nothing can be decomposed that holds NaN: side by side, the factors keep it where it was.
-        merged = stack(factors, weights)
+        merged = _for_scale(asked, stack(factors, weights))
         return Combined(
             _module(asked, target, active, merged), sources, note=f"{target} holds NaN or Inf and was stacked"
         )
     parts = [methods.Part(*pair) for pair in zip(factors, weights, strict=True)]
     outcome = asked.method.combine(parts, asked.options)
-    merged = outcome.factors.to(COMPUTE)
+    merged = _for_scale(asked, outcome.factors.to(COMPUTE))
     module = _module(asked, target, active, merged)
-    size = outcome.square if outcome.square is not None else _energy_of(merged)
+    size = outcome.square if outcome.square is not None else _energy_of(outcome.factors.to(COMPUTE))
     return Combined(module, sources, outcome.energy, size, note=_underflow(module, merged))
 
 
@@ -132,8 +132,21 @@ def _energy_of(factors: Factors) -> float:
     return max(0.0, float(gram.sum()))
 
 
+def _scale(asked: Request, rank: int) -> float:
+    return asked.alpha / rank if asked.alpha else 1.0
+
+
+def _for_scale(asked: Request, factors: Factors) -> Factors:
+    """The factors of the same ΔW for a module that is applied with this request's scale."""
+    scale = _scale(asked, factors.rank)
+    if scale == 1.0:
+        return factors
+    root = scale**-0.5
+    return Factors(factors.up * root, factors.down * root)
+
+
 def _module(asked: Request, target: Target, active: Sequence[Contribution], factors: Factors) -> Module:
-    """Factors as a module of scale 1, in the store dtype."""
+    """Factors as a module in the store dtype; alpha is the rank, or what the file's modules have in common."""
     first = active[0].module
     dtype = asked.dtype or _store_dtype([each.module for each in active])
     shape = (factors.up.shape[0], *(first.shape or ())[1:])
@@ -151,7 +164,8 @@ def _module(asked: Request, target: Target, active: Sequence[Contribution], fact
         target=target,
         kind="lora",
         factors=stored,
-        alpha=float(rank),
+        scale=_scale(asked, rank),
+        alpha=asked.alpha or float(rank),
         rank=rank,
         shape=shape,
         op=first.op,

@@ -152,11 +152,11 @@ def remarks(asked: Request, extras: Mapping[str, TensorRef], modules: Mapping[Ta
             f"{len(extras)} tensors replace weights of the base and were carried whole, whatever the weights "
             f"(first: {next(iter(extras))})"
         )
-    ranks = {module.rank for module in modules.values()}
-    if asked.layout.name == "kohya" and len(ranks) > 1:
+    alphas = {module.scale * (module.rank or 1) for module in modules.values()}
+    if asked.layout.name == "kohya" and len(alphas) > 1:
         said.append(
-            "the modules have several ranks; diffusers applies one alpha to all modules of such a Kohya file. "
-            "For diffusers choose --to diffusers, or a --rank that all have"
+            "modules that went over unchanged state an alpha of their own; diffusers 0.42 applies one alpha to all "
+            "modules of a Kohya file. For diffusers choose --to diffusers"
         )
     return said
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,7 @@ class Request:
         dtype: Store dtype (a key of ``tensors.DTYPES``), or None to keep the inputs'.
         device: Where to compute.
         allow_nonfinite: Whether NaN and Inf in factors are let through.
+        alpha: What every computed module states, or None for its own rank.
     """
 
     adapters: tuple[Adapter, ...]
@@ -58,6 +60,7 @@ class Request:
     dtype: str | None
     device: str
     allow_nonfinite: bool
+    alpha: float | None
 
 
 def request(
@@ -96,18 +99,31 @@ def request(
         raise OptionError(f"there is no store dtype {dtype!r}", candidates=[*files.STORE_DTYPES, "keep"])
     chosen = _method(method)
     arch = align.common_arch(adapters)
+    target_layout = _layout(adapters, layout)
     return Request(
         adapters=tuple(adapters),
         weights=given,
         weigh=weigher(adapters, arch, given, component_weights, block_weights),
         method=chosen,
         options=_options(chosen, rank, options),
-        layout=_layout(adapters, layout),
+        layout=target_layout,
         arch=arch,
         dtype=None if dtype == "keep" else files.STORE_DTYPES[dtype],
         device=_device(device, chosen),
         allow_nonfinite=allow_nonfinite,
+        alpha=_common_alpha(adapters, rank) if target_layout.name == "kohya" else None,
     )
+
+
+def _common_alpha(adapters: Sequence[Adapter], rank: int | None) -> float:
+    """One alpha for all modules of a Kohya file: most modules' rank, as far as it can be told beforehand.
+
+    Any would do, as the factors make up for it. Some readers (diffusers 0.42) apply the commonest alpha to all
+    modules of a file, which is right if there is only one.
+    """
+    counts = [Counter(module.rank for module in adapter.modules.values()) for adapter in adapters]
+    usual = sum(found.most_common(1)[0][0] or 0 for found in counts if found)
+    return float(min(rank, usual) if rank and usual else rank or usual or 1)
 
 
 def _method(name: str) -> methods.Method:

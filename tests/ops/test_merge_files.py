@@ -382,9 +382,22 @@ def test_values_that_float16_cannot_resolve_are_said(tmp_path: Path) -> None:
     )
 
 
-def test_several_ranks_in_a_kohya_file_are_remarked_on(tmp_path: Path) -> None:
+def test_a_merged_kohya_file_states_one_alpha_whatever_the_ranks(tmp_path: Path) -> None:
+    """Readers that apply the commonest alpha to all modules are then right, as are those that read each."""
     made = make.kohya(tmp_path / "a.safetensors", "sdxl")
     other = make.kohya(tmp_path / "b.safetensors", "sdxl", seed=1, only=["text_model"])
     adapters = [lt.load(made.path), lt.load(other.path)]
-    assert any("several ranks" in note for note in lt.merge(adapters).notes)
-    assert not any("several ranks" in note for note in lt.merge(adapters, rank=1).notes)
+    merged = saved(lt.merge(adapters, weights=[0.7, 0.6]), tmp_path / "m.safetensors")
+    assert len({module.rank for module in merged.modules.values()}) > 1
+    assert len({module.alpha for module in merged.modules.values()}) == 1
+    assert merged.metadata["ss_network_alpha"] != "Dynamic"
+    for target, module in merged.modules.items():
+        expected = sum(
+            weight * adapter.modules[target].delta()
+            for weight, adapter in zip((0.7, 0.6), adapters, strict=True)
+            if target in adapter.modules
+        )
+        assert torch.allclose(module.delta(), expected, rtol=1e-4, atol=1e-6)
+    assert not lt.merge(adapters, weights=[0.7, 0.6]).notes
+    # What goes over byte for byte keeps its alpha, and that is remarked on.
+    assert any("alpha of their own" in note for note in lt.merge(adapters).notes)
