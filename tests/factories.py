@@ -727,3 +727,18 @@ def assert_round_trip(made: Made, output: Path) -> None:
     assert again.layout.name == adapter.layout.name
     assert list(again.modules) == list(adapter.modules)
     assert [module.scale for module in again.modules.values()] == [m.scale for m in adapter.modules.values()]
+
+
+def saved(adapter: Adapter, path: Path) -> Adapter:
+    """Written and read again."""
+    lt.save(adapter, path)
+    return lt.load(path)
+
+
+def total(*terms: tuple[float, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The exact weighted sum of what each input does to each weight."""
+    found: dict[str, np.ndarray] = {}
+    for weight, deltas in terms:
+        for key, delta in deltas.items():
+            found[key] = found.get(key, 0.0) + weight * delta
+    return found

@@ -17,38 +17,6 @@ from loratools.ops.merge import merge
 LOSSLESS = ["linear", "concat"]
 
 
-def saved(adapter: lt.Adapter, path: Path) -> lt.Adapter:
-    """Written and read again."""
-    lt.save(adapter, path)
-    return lt.load(path)
-
-
-def total(*terms: tuple[float, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The exact weighted sum of what each input does to each weight."""
-    found: dict[str, np.ndarray] = {}
-    for weight, deltas in terms:
-        for key, delta in deltas.items():
-            found[key] = found.get(key, 0.0) + weight * delta
-    return found
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> tuple[make.Made, make.Made]:
-    """Two files of one architecture that differ in rank, alpha, dtype and modules."""
-    one = make.kohya(tmp_path / "one.safetensors", "sdxl", seed=1, rank=4, alpha=2.0)
-    two = make.kohya(
-        tmp_path / "two.safetensors",
-        "sdxl",
-        seed=2,
-        rank=3,
-        alpha=5.0,
-        dtype=torch.float16,
-        only=["attn", "te1", "output_blocks", "in_layers"],
-        ranks={"attn2": 7},
-    )
-    return one, two
-
-
 @pytest.mark.parametrize("method", LOSSLESS)
 @pytest.mark.parametrize(
     "maker",
@@ -93,8 +61,8 @@ def test_the_result_is_the_weighted_sum(
 ) -> None:
     one, two = pair
     merged = lt.merge([lt.load(one.path), lt.load(two.path)], weights=weights, method=method, dtype="float32")
-    again = saved(merged, tmp_path / "m.safetensors")
-    want = total((weights[0], one.deltas), (weights[1], two.deltas))
+    again = make.saved(merged, tmp_path / "m.safetensors")
+    want = make.total((weights[0], one.deltas), (weights[1], two.deltas))
     make.assert_close(make.deltas_of(again), want, 2e-6)
 
 
@@ -103,7 +71,7 @@ def test_the_result_is_the_weighted_sum(
 def test_a_weight_scales_the_delta(weight: float, pair) -> None:
     one, _ = pair
     merged = lt.merge([lt.load(one.path)], weights=[weight])
-    make.assert_close(make.deltas_of(merged), total((weight, one.deltas)), 1e-5)
+    make.assert_close(make.deltas_of(merged), make.total((weight, one.deltas)), 1e-5)
 
 
 @pytest.mark.parametrize("method", [*LOSSLESS, "ties"])
@@ -134,7 +102,7 @@ def test_merging_in_two_steps_is_merging_at_once(pair, tmp_path: Path) -> None:
     one, two = (lt.load(made.path) for made in pair)
     three = lt.load(make.kohya(tmp_path / "three.safetensors", "sdxl", seed=3, rank=2).path)
     at_once = lt.merge([one, two, three], weights=[1, 2, 3], dtype="float64")
-    first = saved(lt.merge([one, two], weights=[1, 2], dtype="float64"), tmp_path / "first.safetensors")
+    first = make.saved(lt.merge([one, two], weights=[1, 2], dtype="float64"), tmp_path / "first.safetensors")
     make.assert_close(
         make.deltas_of(lt.merge([first, three], weights=[1, 3], dtype="float64")),
         make.deltas_of(at_once),
@@ -148,7 +116,7 @@ def test_a_rank_gives_the_nearest_matrix_of_that_rank(rank: int, pair) -> None:
     merged, report = merge(
         [lt.load(one.path), lt.load(two.path)], weights=[1, 0.5], rank=rank, dtype="float64"
     )
-    want = total((1.0, one.deltas), (0.5, two.deltas))
+    want = make.total((1.0, one.deltas), (0.5, two.deltas))
     kept = whole = 0.0
     for target, module in merged.modules.items():
         dense = want[make.key_of(target.component, str(target))]
@@ -174,7 +142,7 @@ def test_concats_rank_is_the_sum_and_linears_at_most(pair) -> None:
 def test_ties_of_one_adapter_at_full_density_is_the_adapter(pair) -> None:
     one = pair[0]
     merged = lt.merge([lt.load(one.path)], weights=[0.5], method="ties", density=1.0)
-    make.assert_close(make.deltas_of(merged), total((0.5, one.deltas)), 1e-5)
+    make.assert_close(make.deltas_of(merged), make.total((0.5, one.deltas)), 1e-5)
 
 
 def test_ties_is_the_papers_algorithm_on_the_dense_deltas(pair) -> None:

@@ -25,38 +25,6 @@ from loratools.ops.merge import merge_files
 LOSSLESS = ["linear", "concat"]
 
 
-def saved(adapter: lt.Adapter, path: Path) -> lt.Adapter:
-    """Written and read again."""
-    lt.save(adapter, path)
-    return lt.load(path)
-
-
-def total(*terms: tuple[float, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The exact weighted sum of what each input does to each weight."""
-    found: dict[str, np.ndarray] = {}
-    for weight, deltas in terms:
-        for key, delta in deltas.items():
-            found[key] = found.get(key, 0.0) + weight * delta
-    return found
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> tuple[make.Made, make.Made]:
-    """Two files of one architecture that differ in rank, alpha, dtype and modules."""
-    one = make.kohya(tmp_path / "one.safetensors", "sdxl", seed=1, rank=4, alpha=2.0)
-    two = make.kohya(
-        tmp_path / "two.safetensors",
-        "sdxl",
-        seed=2,
-        rank=3,
-        alpha=5.0,
-        dtype=torch.float16,
-        only=["attn", "te1", "output_blocks", "in_layers"],
-        ranks={"attn2": 7},
-    )
-    return one, two
-
-
 def test_keep_is_the_inputs_dtype_or_the_wider(pair, tmp_path: Path) -> None:
     half = make.kohya(tmp_path / "half.safetensors", "sdxl", dtype=torch.float16, seed=5)
     adapters = {name: lt.load(path) for name, path in (("f32", pair[0].path), ("f16", half.path))}
@@ -88,7 +56,7 @@ def test_a_merge_is_balanced_enough_for_half_precision(tmp_path: Path) -> None:
     made = make.kohya(tmp_path / "a.safetensors", "sdxl", only=["attn"])
     for weight in (1e-7, 1e5):
         merged = lt.merge([lt.load(made.path), lt.load(made.path)], weights=[weight, weight], dtype="float16")
-        make.assert_close(make.deltas_of(merged), total((2 * weight, made.deltas)), 5e-3)
+        make.assert_close(make.deltas_of(merged), make.total((2 * weight, made.deltas)), 5e-3)
 
 
 def test_the_same_inputs_give_the_same_bytes(pair, tmp_path: Path) -> None:
@@ -242,7 +210,7 @@ def test_dropped_modules_to_save_leave_the_configuration(tmp_path: Path) -> None
 def test_biases_are_summed_with_their_scales(tmp_path: Path) -> None:
     one = make.peft(tmp_path / "a", lora_bias=True, rank=4, alpha=8)
     two = make.peft(tmp_path / "b", seed=1, lora_bias=True, rank=2, alpha=2)
-    merged = saved(lt.merge([lt.load(one.path), lt.load(two.path)], weights=[0.5, -1]), tmp_path / "m")
+    merged = make.saved(lt.merge([lt.load(one.path), lt.load(two.path)], weights=[0.5, -1]), tmp_path / "m")
     for target, module in merged.modules.items():
         key = f"base_model.model.{target.path}.lora_B.bias"
         want = 0.5 * 2.0 * one.tensors[key] - 1.0 * 1.0 * two.tensors[key]
@@ -271,7 +239,7 @@ def test_the_configuration_speaks_of_what_was_carried_from_any_input(field: str,
 
 def test_the_output_may_be_one_of_the_inputs(pair, tmp_path: Path) -> None:
     one, two = pair
-    want = total((1.0, one.deltas), (0.5, two.deltas))
+    want = make.total((1.0, one.deltas), (0.5, two.deltas))
     merge_files([one.path, two.path], one.path, weights=[1.0, 0.5], overwrite=True)
     make.assert_close(make.deltas_of(lt.load(one.path)), want, 2e-6)
 
@@ -387,7 +355,7 @@ def test_a_merged_kohya_file_states_one_alpha_whatever_the_ranks(tmp_path: Path)
     made = make.kohya(tmp_path / "a.safetensors", "sdxl")
     other = make.kohya(tmp_path / "b.safetensors", "sdxl", seed=1, only=["text_model"])
     adapters = [lt.load(made.path), lt.load(other.path)]
-    merged = saved(lt.merge(adapters, weights=[0.7, 0.6]), tmp_path / "m.safetensors")
+    merged = make.saved(lt.merge(adapters, weights=[0.7, 0.6]), tmp_path / "m.safetensors")
     assert len({module.rank for module in merged.modules.values()}) > 1
     assert len({module.alpha for module in merged.modules.values()}) == 1
     assert merged.metadata["ss_network_alpha"] != "Dynamic"
