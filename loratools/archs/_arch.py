@@ -130,17 +130,26 @@ class Arch:
         """Whether a weight of this name cannot be this architecture's: its place, its shape, or its width."""
         if resolved.component != self.components[0].name:
             return False
-        stem, _, rest = resolved.path.partition(".")
-        number = rest.split(".", 1)[0]
-        if stem in self.depths and number.isdigit() and int(number) >= self.depths[stem]:
-            return True
-        if shape is None:
+        if self.depths:
+            stem, _, rest = resolved.path.partition(".")
+            number = rest.split(".", 1)[0]
+            if stem in self.depths and number.isdigit() and int(number) >= self.depths[stem]:
+                return True
+        # Most weights have names that no rule speaks of.
+        if shape is None or resolved.path.rpartition(".")[2] not in self._judged:
             return False
         # Tiny models, made for tests, have any width; those that people use are no narrower than this.
         foreign = shape[1] >= _LEAST_REAL_WIDTH and any(
             rule.size != shape[1] and rule.speaks_of(resolved) for rule in self.widths
         )
         return foreign or any(rule.denies(resolved, *shape) for rule in self.proportions)
+
+    @cached_property
+    def _judged(self) -> frozenset[str]:
+        """The last segments of the paths that a width or a proportion speaks of."""
+        tails = [tail for rule in self.widths for tail in rule.tails]
+        tails += [tail for rule in self.proportions for tail in rule.tails]
+        return frozenset([tail.rpartition(".")[2] for tail in tails])
 
     @cached_property
     def has_table(self) -> bool:

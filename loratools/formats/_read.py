@@ -170,19 +170,23 @@ class _Reader:
         target = self._target(found)
         scale = self._scale(found, roles, target, rank, kind.name)
         magnitude = roles.get("magnitude")
+        conv = shape is not None and len(shape) > 2 and kind.low_rank
+        axis = _axis(magnitude) if magnitude is not None else None
+        in_first = op == "embedding" or (self.in_first and target.component not in _IMAGE)
+        # Positions rather than names: this is done for every module of a file.
         return Module(
-            target=target,
-            kind=kind.name,
-            factors=factors,
-            scale=scale.value,
-            alpha=scale.alpha,
-            rank=rank,
-            shape=shape,
-            op="conv" if shape is not None and len(shape) > 2 and kind.low_rank else op,
-            alpha_tensor=roles.get("alpha"),
-            magnitude=magnitude,
-            magnitude_axis=_axis(magnitude) if magnitude is not None else None,
-            in_first=op == "embedding" or (self.in_first and target.component not in _IMAGE),
+            target,
+            kind.name,
+            factors,
+            scale.value,
+            scale.alpha,
+            rank,
+            shape,
+            "conv" if conv else op,
+            roles.get("alpha"),
+            magnitude,
+            axis,
+            in_first,
         )
 
     def _kind(
