@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loratools import archs, kinds
-from loratools.errors import IncompleteModuleError, NameResolutionError, NotAnAdapterError
+from loratools.errors import ArchitectureError, IncompleteModuleError, NameResolutionError, NotAnAdapterError
 from loratools.formats import _classify
 from loratools.formats._base import Facts, Format, Group, Scale
 from loratools.formats._group import group
@@ -136,7 +136,20 @@ class _Reader:
         if arch is not None:
             chosen = archs.get(arch)
             facts.arch = arch
-            return {name: match for name in names if (match := chosen.resolve(name)) is not None}
+            resolved = {name: match for name in names if (match := chosen.resolve(name)) is not None}
+            if names and not resolved:
+                raise ArchitectureError(
+                    f"none of the {len(names)} modules has a name of {chosen.title}",
+                    path=self.path or None,
+                    keys=list(names),
+                    todo="Leave --arch out, or give the architecture that the adapter was made for",
+                )
+            unknown = [name for name in names if name not in resolved]
+            if unknown and chosen.has_table:
+                self.notes.append(
+                    f"{len(unknown)} of {len(names)} names are not those of {arch} (first: {unknown[0]})"
+                )
+            return resolved
         found = archs.detect(names, facts.metadata, base)
         self.notes.extend(found.notes)
         facts.arch = found.arch

@@ -152,6 +152,8 @@ def _load(path: str, *, mapped: bool) -> Any:
         # torch puts advice on unsafe loading around its reason.
         reason = re.search(r"WeightsUnpickler error: (.*)", str(error))
         raise damaged(path, ValueError(reason[1] if reason else error), "the pickle") from error
+    except MemoryError:
+        raise  # too large for this machine is not damaged
     except Exception as error:
         # A damaged file makes torch raise nearly anything: RuntimeError, EOFError, KeyError, struct.error, …
         raise damaged(path, error, "the file of torch.save") from error

@@ -226,7 +226,10 @@ def _share_a_branch(adapters: Sequence[Adapter]) -> bool:
 def _as(adapter: Adapter, arch: str) -> Adapter:
     if not adapter.path or not adapter.order:
         return adapter
-    again = files.load(adapter.path, arch=arch)
+    try:
+        again = files.load(adapter.path, arch=arch)
+    except ArchitectureError:
+        return adapter
     table = archs.get(arch)
     components = {component.name for component in table.components}
     named = [

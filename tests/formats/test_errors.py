@@ -269,3 +269,26 @@ def test_a_tucker_form_cannot_be_spelt_in_diffusers(tmp_path: Path) -> None:
     made = make.kohya(tmp_path / "a.safetensors", mid=True)
     with pytest.raises(LayoutError, match="mid"):
         lt.save(lt.load(made.path), tmp_path / "b.safetensors", layout="diffusers")
+
+
+def test_an_architecture_that_explains_no_name_is_refused(tmp_path: Path) -> None:
+    made = make.kohya(tmp_path / "a.safetensors", "sd15", only=["lora_unet_"])
+    with pytest.raises(ArchitectureError, match=r"Flux.*--arch"):
+        lt.load(made.path, arch="flux")
+    assert not lt.load(made.path, arch="sd15").notes
+    # Both have the same text encoder: what is left over is said.
+    whole = make.kohya(tmp_path / "b.safetensors", "sd15")
+    assert any("not those of flux" in note for note in lt.load(whole.path, arch="flux").notes)
+
+
+def test_too_little_memory_is_not_called_a_damaged_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({"x.lora_A.weight": torch.ones(2, 2)}, tmp_path / "a.pt")
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(MemoryError):
+        lt.load(tmp_path / "a.pt")
