@@ -85,7 +85,7 @@ class Table:
 
     Attributes:
         rows: The native column and the diffusers column.
-        further: Other dialects' columns, by dialect: complete tables over the same native names.
+        further: Other dialects' columns, by dialect, over the same native names: those that they have names for.
     """
 
     def __init__(self, rows: tuple[Row, ...], further: Mapping[str, tuple[Row, ...]] = EMPTY) -> None:
@@ -130,7 +130,7 @@ class Table:
         if found is None:
             return None
         template, numbers = found
-        for name in self.spellings(dialect)[template]:
+        for name in self.spellings(dialect).get(template, ()):
             if name.rows == rows:
                 return name.text % numbers
         return None
@@ -138,7 +138,7 @@ class Table:
     def pieces(self, path: str, dialect: str) -> tuple[Rows | None, ...]:
         """The pieces in which a dialect spells a weight; empty if the table has no such weight."""
         found = self.native(path)
-        return tuple(name.rows for name in self.spellings(dialect)[found[0]]) if found else ()
+        return tuple(name.rows for name in self.spellings(dialect).get(found[0], ())) if found else ()
 
     def may_know(self, skeleton: str) -> bool:
         """Whether some name begins as this skeleton does."""
@@ -247,12 +247,24 @@ class Component(NamedTuple):
         prefixes: The prefixes that each layout puts before its names; the first one is written.
         table: The names of its weights; None where a path is its own name.
         kohya_dialect: The dialect that kohya files use: "native" or "diffusers".
+        dialects: The dialects of further layouts, by layout, where they are not the usual ones.
     """
 
     name: str
     prefixes: Mapping[str, tuple[str, ...]]
     table: Table | None = None
     kohya_dialect: str = NATIVE
+    dialects: Mapping[str, str] = EMPTY
+
+    def dialect(self, layout: str, usual: str) -> str:
+        """The dialect that a layout uses here.
+
+        Args:
+            layout: The layout's name.
+            usual: What the layout uses elsewhere: "native", "diffusers", or "kohya" for what Kohya files use here.
+        """
+        chosen = self.dialects.get(layout, usual)
+        return self.kohya_dialect if chosen == "kohya" else chosen
 
     def prefix(self, layout: str) -> str | None:
         """The prefix that a layout writes; None if it has no name for this component.

@@ -145,6 +145,18 @@ class Finisher(Protocol):
         """The whole document."""
 
 
+class Adopter(Protocol):
+    """How a layout calls a tensor that belongs to no module and came in another layout."""
+
+    def __call__(self, ref: TensorRef, adapter: Adapter) -> TensorRef | None:
+        """The tensor under this layout's key, or None where it has no place for it."""
+
+
+def nowhere(ref: TensorRef, adapter: Adapter) -> TensorRef | None:  # noqa: ARG001
+    """A layout without a place for anything but modules."""
+    return None
+
+
 def unscaled(group: Group, component: str, rank: int, facts: Facts) -> Scale:  # noqa: ARG001
     """A layout in which alpha equals the rank unless it is stated."""
     return Scale(1.0)
@@ -167,7 +179,11 @@ class Format(NamedTuple):
         weights: The name of the weights in that folder.
         roles: Tensors of a module that it has names for; "alpha" where it states alpha in the file.
         dialect: Which names of an architecture it uses ("native", "diffusers"), or "kohya": as its component says.
-        rename: Cleans a stem of the layout's own decorations.
+            A component may say otherwise for this layout.
+        alpha: Where it states a module's scale: "tensor", "config" (a configuration or the header), or "none", in
+            which case the scale has to be folded into the factors beforehand.
+        adopt: How a tensor of no module from another layout is called here; None where there is no place for it.
+        reads_as: The layouts that files written so are recognised as, where that is not its own name.
     """
 
     name: str
@@ -183,6 +199,15 @@ class Format(NamedTuple):
     weights: str = "adapter_model.safetensors"
     roles: frozenset[str] = frozenset()
     dialect: str = "diffusers"
+    alpha: str = "config"
+    adopt: Adopter = nowhere
+    reads_as: tuple[str, ...] = ()
+
+    def lacking(self, module: Module) -> tuple[str, ...]:
+        """The roles of a module that the layout has no names for; "magnitude_in" is a magnitude per input."""
+        magnitude = "magnitude_in" if module.magnitude_axis == "in" else "magnitude"
+        roles = [*module.factors, *([magnitude] if module.magnitude is not None else [])]
+        return tuple([role for role in roles if role not in self.roles])
 
     def locate(self, name: str) -> Target:
         """A target by prefix alone, for names that no table explains."""

@@ -159,5 +159,5 @@ FORMAT = Format(
     scaler=_scaler,
     speller=_speller,
     finisher=_finisher,
-    roles=frozenset(_SUFFIXES["peft-keys"]),
+    roles=frozenset({*_SUFFIXES["peft-keys"], "magnitude"}),
 )

@@ -102,6 +102,7 @@ FORMAT = Format(
     scaler=_scaler,
     speller=_speller,
     finisher=_finisher,
-    roles=frozenset({*_SUFFIXES, "alpha"}),
+    roles=frozenset({*_SUFFIXES, "alpha", "magnitude", "magnitude_in"}),
     dialect="kohya",
+    alpha="tensor",
 )

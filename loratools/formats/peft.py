@@ -99,5 +99,5 @@ FORMAT = Format(
     speller=_speller,
     finisher=_finisher,
     folder=True,
-    roles=frozenset(_SUFFIXES),
+    roles=frozenset({*_SUFFIXES, "magnitude"}),
 )

@@ -46,6 +46,8 @@ KIND = Kind(
     rank=_rank,
     shape=_shape,
     low_rank=True,
+    row_axes=lambda factors: {role: 0 for role in ("up", "up_bias", "diff", "diff_b") if role in factors},
+    products=(("up", "down"),),
 )
 
 
