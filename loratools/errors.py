@@ -70,6 +70,10 @@ class ShapeError(LoraError, ValueError):
     """Factors that do not fit each other, or two adapters that disagree on a weight's shape."""
 
 
+class ConversionError(LoraError, ArithmeticError):
+    """A conversion whose result would not do what its input does."""
+
+
 class NonFiniteError(LoraError, ValueError):
     """NaN or Inf in a factor."""
 

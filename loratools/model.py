@@ -120,15 +120,18 @@ class Module(NamedTuple):
         if self.magnitude is not None:
             yield "magnitude", self.magnitude
 
-    def delta(self) -> torch.Tensor:
+    def delta(self, base: torch.Tensor | None = None) -> torch.Tensor:
         """ΔW, scale included, as a float32 tensor (out, in[, kh, kw]).
 
+        Args:
+            base: The rows of the base weight that the module changes, for kinds that need it (DoRA, OFT, (IA)³).
+
         Raises:
-            UnsupportedKindError: The kind has no ΔW of its own, or needs the base weight (DoRA).
+            UnsupportedKindError: The kind cannot be computed, or needs the base weight and there is none.
         """
         from loratools.kinds import delta
 
-        return delta(self)
+        return delta(self, base)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -25,9 +25,7 @@ def scan(package: str, constant: str) -> MappingProxyType[str, Any]:
         RuntimeError: A file defines no such constant, or two define the same name.
     """
     found: dict[str, Any] = {}
-    for name in sorted(_module_files(importlib.import_module(package).__path__)):
-        if name.startswith("_"):
-            continue
+    for name in public_modules(package):
         module = importlib.import_module(f"{package}.{name}")
         value = getattr(module, constant, None)
         if value is None:
@@ -36,6 +34,12 @@ def scan(package: str, constant: str) -> MappingProxyType[str, Any]:
             raise RuntimeError(f"{module.__name__}: {constant} named {value.name!r} exists already")
         found[value.name] = value
     return MappingProxyType(found)
+
+
+def public_modules(package: str) -> list[str]:
+    """The names of the public module files in ``package``, in order; nothing is imported but the package."""
+    files = _module_files(importlib.import_module(package).__path__)
+    return sorted([name for name in files if not name.startswith("_")])
 
 
 def _module_files(folders: Iterable[str]) -> set[str]:

@@ -1,7 +1,7 @@
 """Architectures: which weights a model has, how files spell them, and how to tell models apart by names.
 
-Data only: one file per architecture, holding an ``ARCH``; adding one is adding a file. Nothing here sees a
-tensor.
+Data only: one file per architecture, holding an ``ARCH``; adding one is adding a file, and running
+``python -m tests.archs.render_index`` so that detection need not import them all. Nothing here sees a tensor.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from loratools.archs._arch import Arch, Resolved, Width
+from loratools.archs._catalog import CATALOG
 from loratools.archs._detect import Detection, detect
 from loratools.archs._table import Component, Table
 from loratools.errors import ArchitectureError
-from loratools.registry import scan
 
 __all__ = [
     "Arch",
@@ -28,8 +28,8 @@ __all__ = [
 
 
 def all_archs() -> Mapping[str, Arch]:
-    """Every architecture by name."""
-    return scan("loratools.archs", "ARCH")
+    """Every architecture by name; each is imported when it is looked up."""
+    return CATALOG
 
 
 def get(name: str) -> Arch:

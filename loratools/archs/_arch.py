@@ -2,92 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from functools import cached_property
+from types import MappingProxyType
 from typing import NamedTuple
 
 from loratools.archs._blocks import Block
-from loratools.archs._table import NATIVE, Component, Name, parse
+from loratools.archs._names import DIFFUSERS, NATIVE, Name, parse
+from loratools.archs._rules import Proportion, Resolved, Width, denied_by_width
+from loratools.archs._table import Component
 from loratools.errors import ArchitectureError
-from loratools.model import Rows
+from loratools.model import EMPTY, Rows
 
+__all__ = ["Arch", "Proportion", "Resolved", "Width"]
 
-class Resolved(NamedTuple):
-    """What a key's stem means: which rows of which weight, and how it was spelt.
-
-    Attributes:
-        component: The component's name.
-        path: The weight's canonical native path, without a checkpoint's prefix.
-        rows: Which of its rows, or None for all.
-        dialect: "native", "diffusers" or a further one; where they agree, the one that kohya files use.
-        prefix: The prefix as spelt; empty for none.
-        separator: "." or "_".
-    """
-
-    component: str
-    path: str
-    rows: Rows | None
-    dialect: str
-    prefix: str
-    separator: str
-
-
-_LEAST_REAL_WIDTH = 768
-
-
-class Width(NamedTuple):
-    """A width that tells an architecture from others that spell their names alike.
-
-    Attributes:
-        component: The component's name.
-        tails: The last segments of the native paths that have it.
-        size: Their input width, in columns.
-    """
-
-    component: str
-    tails: tuple[str, ...]
-    size: int
-
-    def speaks_of(self, resolved: Resolved) -> bool:
-        """Whether the rule says something about this weight."""
-        if resolved.component != self.component:
-            return False
-        return any(resolved.path == tail or resolved.path.endswith("." + tail) for tail in self.tails)
-
-
-class Proportion(NamedTuple):
-    """Height to width of some weights, which holds at any size of the model.
-
-    Attributes:
-        tails: The last segments of the native paths that have it.
-        height: Of the whole weight, in parts.
-        width: In the same parts.
-    """
-
-    tails: tuple[str, ...]
-    height: int
-    width: int
-
-    def denies(self, resolved: Resolved, out: int, into: int) -> bool:
-        """Whether the rule says something about this weight, and something else than its shape (out, in)."""
-        if not any(resolved.path.endswith("." + tail) for tail in self.tails):
-            return False
-        rows = resolved.rows
-        whole = out * rows.of // rows.shares if rows is not None else out
-        return whole * self.width != into * self.height
+# LyCORIS' wrapper puts it before the flattened names of whatever model it is given.
+_WRAPPER = "lycoris_"
 
 
 class _Spot(NamedTuple):
-    """A reading of a skeleton: a prefix, the component it means, and the rest of the skeleton."""
+    """A reading of a skeleton: a prefix, the component and dialect that it implies, and the rest."""
 
     prefix: str
     component: Component
+    dialect: str
     skeleton: str
     numbers_before: int
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Arch:
     """An architecture: its components, and what tells it from the others.
 
@@ -105,21 +48,42 @@ class Arch:
         foreign: Words in names of relatives that share most of its own; a file that has one is of a relative.
         blocks: What people call its blocks.
         vectors: Which blocks a vector of so many numbers weighs, by its length.
+        derived_from: The architecture that its blocks were taken from, names and shapes: a file that nothing
+            else tells is read as that one's, and a note says so.
     """
 
-    name: str
-    title: str
-    components: tuple[Component, ...]
-    kohya_versions: tuple[str, ...] = ()
-    modelspec: tuple[str, ...] = ()
-    base_models: tuple[str, ...] = ()
-    widths: tuple[Width, ...] = ()
-    markers: tuple[str, ...] = ()
-    proportions: tuple[Proportion, ...] = ()
-    depths: Mapping[str, int] = field(default_factory=dict)
-    foreign: tuple[str, ...] = ()
-    blocks: tuple[Block, ...] = ()
-    vectors: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    def __init__(
+        self,
+        name: str,
+        title: str,
+        components: tuple[Component, ...],
+        *,
+        kohya_versions: tuple[str, ...] = (),
+        modelspec: tuple[str, ...] = (),
+        base_models: tuple[str, ...] = (),
+        widths: tuple[Width, ...] = (),
+        markers: tuple[str, ...] = (),
+        proportions: tuple[Proportion, ...] = (),
+        depths: Mapping[str, int] = EMPTY,
+        foreign: tuple[str, ...] = (),
+        blocks: tuple[Block, ...] = (),
+        vectors: Mapping[int, tuple[str, ...]] = MappingProxyType({}),
+        derived_from: str = "",
+    ) -> None:
+        self.name = name
+        self.title = title
+        self.components = components
+        self.kohya_versions = kohya_versions
+        self.modelspec = modelspec
+        self.base_models = base_models
+        self.widths = widths
+        self.markers = markers
+        self.proportions = proportions
+        self.depths = depths
+        self.foreign = foreign
+        self.blocks = blocks
+        self.vectors = vectors
+        self.derived_from = derived_from
 
     def block(self, component: str, path: str) -> str | None:
         """What people call the block that a weight lies in, or None where it lies in none."""
@@ -138,11 +102,9 @@ class Arch:
         # Most weights have names that no rule speaks of.
         if shape is None or resolved.path.rpartition(".")[2] not in self._judged:
             return False
-        # Tiny models, made for tests, have any width; those that people use are no narrower than this.
-        foreign = shape[1] >= _LEAST_REAL_WIDTH and any(
-            rule.size != shape[1] and rule.speaks_of(resolved) for rule in self.widths
-        )
-        return foreign or any(rule.denies(resolved, *shape) for rule in self.proportions)
+        if denied_by_width(self.widths, resolved, shape[1]):
+            return True
+        return any(rule.denies(resolved, *shape) for rule in self.proportions)
 
     @cached_property
     def _judged(self) -> frozenset[str]:
@@ -170,14 +132,26 @@ class Arch:
             expected=f"Its components are {', '.join(component.name for component in self.components)}",
         )
 
-    def resolve(self, stem: str) -> Resolved | None:
+    @property
+    def prefixes(self) -> tuple[tuple[str, Component], ...]:
+        """Every prefix and the component that it means, the longest first, and none at all last."""
+        return tuple((spot.prefix, spot.component) for _, spot in self._prefixes)
+
+    def resolve(self, stem: str, dialect: str = "") -> Resolved | None:
         """What a key without its factor suffix means, or None if this architecture has no such weight.
 
         Any layout's prefix is understood, or none; any separator; any dialect.
-        """
-        return self.resolve_parsed(stem, *parse(stem))
 
-    def resolve_parsed(self, stem: str, skeleton: str, numbers: tuple[str, ...]) -> Resolved | None:
+        Args:
+            stem: The key without its factor suffix.
+            dialect: Which dialect's meaning to take where a name means different weights in different ones;
+                the one that the prefix implies unless given.
+        """
+        return self.resolve_parsed(stem, *parse(stem), dialect)
+
+    def resolve_parsed(
+        self, stem: str, skeleton: str, numbers: tuple[str, ...], dialect: str = ""
+    ) -> Resolved | None:
         """As :meth:`resolve`, for a stem that has been through :func:`parse` already."""
         for spot in self._readings(skeleton):
             if not stem.startswith(spot.prefix):
@@ -186,13 +160,35 @@ class Arch:
             if table is None:
                 return _as_spelt(spot, stem[len(spot.prefix) :])
             found = table.find(spot.skeleton, numbers[spot.numbers_before :])
-            if found and (resolved := _resolved(spot, stem[len(spot.prefix) :], *found)):
+            if found and (resolved := _resolved(spot, stem[len(spot.prefix) :], *found, dialect)):
                 return resolved
         return None
 
-    def may_know(self, skeleton: str) -> bool:
-        """Whether names with this skeleton may mean something: true too often, but needs no index."""
-        return bool(self._readings(skeleton))
+    def resolve_all(self, stems: Iterable[str]) -> dict[str, Resolved]:
+        """What the stems of one file mean; those that mean nothing are absent."""
+        return self.settled({stem: found for stem in stems if (found := self.resolve(stem)) is not None})
+
+    def settled(self, resolved: Mapping[str, Resolved]) -> dict[str, Resolved]:
+        """One file's meanings, with names that mean different weights read in the dialect of its other names.
+
+        A prefix implies a dialect, but trainers put the same one before either's names.
+        """
+        tables = {part.name: part.table for part in self.components if part.table and part.table.homonyms}
+        if not tables:
+            return dict(resolved)
+        spoken: Counter[str] = Counter()
+        open_stems = []
+        for stem, meaning in resolved.items():
+            table = tables.get(meaning.component)
+            found = table.find(*parse(stem[len(meaning.prefix) :])) if table is not None else None
+            if found is not None and found[0].homonyms:
+                open_stems.append(stem)
+            elif found is not None and found[0].dialect is not None:
+                spoken[found[0].dialect] += 1
+        first, second = (*spoken.most_common(2), ("", 0), ("", 0))[:2]
+        dialect = first[0] if first[1] > second[1] else ""
+        settled = {stem: self.resolve(stem, dialect) for stem in open_stems}
+        return {stem: settled.get(stem) or meaning for stem, meaning in resolved.items()}
 
     def knows(self, skeleton: str) -> bool:
         """Whether names with this skeleton mean something, with the right numbers."""
@@ -233,11 +229,6 @@ class Arch:
         return table.pieces(path, dialect) if table is not None else (None,)
 
     @cached_property
-    def marks(self) -> tuple[str, ...]:
-        """The markers, between dots so that they match whole segments."""
-        return tuple(f".{marker}." for marker in self.markers)
-
-    @cached_property
     def _spots(self) -> dict[str, tuple[_Spot, ...]]:
         """The readings of the skeletons met so far: a file has many more names than skeletons."""
         return {}
@@ -249,8 +240,13 @@ class Arch:
         for component in self.components:
             for prefix in (each for group in component.prefixes.values() for each in group):
                 skeleton, numbers = parse(prefix)
-                spots[prefix, component.name] = _Spot(prefix, component, skeleton, len(numbers))
-        spots["", ""] = _Spot("", self.components[0], "", 0)
+                implied = component.implied(prefix)
+                spots[prefix, component.name] = _Spot(prefix, component, implied, skeleton, len(numbers))
+        denoiser = self.components[0]
+        if self.has_table:
+            wrapped = _Spot(_WRAPPER, denoiser, DIFFUSERS, _WRAPPER, 0)
+            spots.setdefault((_WRAPPER, denoiser.name), wrapped)
+        spots["", ""] = _Spot("", denoiser, NATIVE, "", 0)
         ordered = sorted(spots.values(), key=lambda spot: -len(spot.prefix))
         return tuple((spot.skeleton, spot) for spot in ordered)
 
@@ -275,7 +271,9 @@ def _as_spelt(spot: _Spot, body: str) -> Resolved:
     return Resolved(spot.component.name, body, None, NATIVE, spot.prefix, separator)
 
 
-def _resolved(spot: _Spot, body: str, name: Name, numbers: tuple[str, ...]) -> Resolved | None:
+def _resolved(spot: _Spot, body: str, name: Name, numbers: tuple[str, ...], dialect: str) -> Resolved | None:
+    if name.homonyms:
+        name = _spoken(name, dialect or spot.dialect)
     text = name.text % numbers
     if body == text:
         # A name of one segment looks the same with either separator: the prefix tells.
@@ -287,3 +285,8 @@ def _resolved(spot: _Spot, body: str, name: Name, numbers: tuple[str, ...]) -> R
     path = text if name.text == name.native else name.native % numbers
     dialect = name.dialect or spot.component.kohya_dialect
     return Resolved(spot.component.name, path, name.rows, dialect, spot.prefix, separator)
+
+
+def _spoken(name: Name, dialect: str) -> Name:
+    """What a name means in a dialect; in the first that has it, where this one has it not."""
+    return next((each for each in name.homonyms if each.dialect == dialect), name)

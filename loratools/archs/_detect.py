@@ -1,22 +1,25 @@
 """Which architecture a file's names are of.
 
 The table that explains most names wins, if it explains at least three quarters of them: relatives share half.
-Architectures that explain as many are told apart by widths, then by metadata, which can be wrong: it decides only
-what names and widths leave open. Where no table does, markers in the paths choose an architecture whose paths are
-their own names.
+Architectures that explain as many are told apart by shapes and block numbers, then by metadata, which can be
+wrong: it decides only what the tensors leave open. What it leaves open too is unknown, with the candidates named.
+Where no table explains the names, markers in the paths choose an architecture whose paths are their own names.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 from loratools.archs._arch import Arch, Resolved
-from loratools.archs._table import parse
+from loratools.archs._catalog import CATALOG, entries
+from loratools.archs._claims import Claim, claims, named
+from loratools.archs._entry import Ends, ends
+from loratools.archs._names import parse
+from loratools.archs._relatives import told_apart
 from loratools.model import EMPTY
-from loratools.registry import scan
 
 UNKNOWN = "unknown"
 
@@ -26,7 +29,7 @@ class Detection(NamedTuple):
 
     Attributes:
         arch: Its name; "unknown" if there is none, or several that nothing tells apart.
-        candidates: Those that nothing tells apart.
+        candidates: Those that nothing tells apart; the architecture is one of them, or unknown.
         coverage: The fraction of the names that it explains, or that each of the candidates does.
         notes: What a reader should know, in sentences.
         resolved: What each stem means; stems that the architecture does not explain are absent.
@@ -71,42 +74,72 @@ def detect(
         base_model: The base model's name, where the file's configuration states one.
     """
     parsed = [_Stem(stem, *parse(stem)) for stem in stems]
+    said = claims(metadata, base_model)
     explained = _explain(parsed)
     most = len(next(iter(explained.values()), ()))
-    if most < len(stems) or base_model:
+    if most < len(stems) or base_model or not _has_denoiser(explained):
         marked, marks = _marked(parsed, base_model)
-        if marked is not None and (marks > most or (marks == most and _is_named(marked, base_model))):
-            return _by_identity(marked, stems, marks / len(stems), metadata, base_model)
+        if marked and (marks > most or (marks == most and _is_bare(explained, said))):
+            return _by_identity(marked, stems, marks / len(stems), said)
     if not most:
-        return _by_identity(_archs()[UNKNOWN], stems, 0.0, metadata, base_model)
-    return _by_table(explained, stems, metadata, base_model)
-
-
-def _archs() -> Mapping[str, Arch]:
-    return scan("loratools.archs", "ARCH")
+        return _by_identity(UNKNOWN, stems, 0.0, said)
+    return _by_table(explained, stems, said)
 
 
 def _explain(stems: Sequence[_Stem]) -> dict[str, dict[str, Resolved]]:
     """The architectures that explain most stems, and at least three quarters, with what each stem means."""
     skeletons = Counter(stem.skeleton for stem in stems)
-
-    def hope(known: Callable[[str], bool]) -> int:
-        return sum(count for skeleton, count in skeletons.items() if known(skeleton))
-
-    # The most promising one first: what it explains spares building the others' indices.
-    hopes = {name: hope(arch.may_know) for name, arch in _archs().items() if arch.has_table}
+    hopes: Counter[str] = Counter()
+    for skeleton, count in skeletons.items():
+        hopes.update(dict.fromkeys(_promising(skeleton), count))
     most = max(1, -(-3 * len(stems) // 4))
     best: dict[str, dict[str, Resolved]] = {}
-    for name in sorted(hopes, key=lambda name: -hopes[name]):
-        if hopes[name] < most:
+    # The most promising one first: what it explains spares importing the others.
+    for name, hope in hopes.most_common():
+        if hope < most:
             break
-        arch = _archs()[name]
-        resolved = _resolve(arch, stems, at_least=most) if hope(arch.knows) >= most else {}
+        arch = CATALOG[name]
+        known = sum(count for skeleton, count in skeletons.items() if arch.knows(skeleton))
+        resolved = _resolve(arch, stems, at_least=most) if known >= most else {}
         if len(resolved) > most:
             best, most = {}, len(resolved)
         if len(resolved) == most:
             best[name] = resolved
-    return best
+    return {name: best[name] for name in sorted(best)}
+
+
+def _promising(skeleton: str) -> set[str]:
+    """The architectures that may have a name with this skeleton, as far as the index tells."""
+    found = set()
+    for prefix, readings in _readings().items():
+        if skeleton.startswith(prefix):
+            head, tail = ends(skeleton[len(prefix) :])
+            found.update([name for name, (heads, tails) in readings if head in heads and tail in tails])
+    return found
+
+
+@cache
+def _readings() -> dict[str, list[tuple[str, Ends]]]:
+    """By prefix, the architectures that have it, and how their names begin after it and end."""
+    found: dict[str, list[tuple[str, Ends]]] = {}
+    for name, entry in entries().items():
+        for reading in entry.readings:
+            for prefix in reading.prefixes:
+                found.setdefault(prefix, []).append((name, reading.ends))
+    return found
+
+
+def _has_denoiser(explained: Mapping[str, Mapping[str, Resolved]]) -> bool:
+    """Whether some name is one of a denoiser's, for one of these architectures."""
+    return any(meaning.component == "denoiser" for found in explained.values() for meaning in found.values())
+
+
+def _is_bare(explained: Mapping[str, Mapping[str, Resolved]], said: Sequence[Claim]) -> bool:
+    """Whether the names are an encoder's that is a model of its own, for all that the metadata says.
+
+    PEFT spells T5 alone as it spells the T5 of an image model.
+    """
+    return not _has_denoiser(explained) and not any(claim.arch in explained for claim in said)
 
 
 def _resolve(arch: Arch, stems: Sequence[_Stem], at_least: int) -> dict[str, Resolved]:
@@ -124,26 +157,29 @@ def _resolve(arch: Arch, stems: Sequence[_Stem], at_least: int) -> dict[str, Res
     return resolved
 
 
-def _marked(stems: Sequence[_Stem], base_model: str) -> tuple[Arch | None, int]:
+def _marked(stems: Sequence[_Stem], base_model: str) -> tuple[str, int]:
     """The architecture whose markers explain most stems, and how many; none if they explain less than half.
 
     A stem belongs to the longest marker found in it. Architectures that share it are told apart by the base
     model's name; the first one stands for the others, as language models are the most common.
     """
     if any(stem.text.startswith(_PIPELINE) or any(part in stem.text for part in _IMAGE) for stem in stems):
-        return None, 0
-    marked = [arch for arch in _archs().values() if arch.markers]
+        return "", 0
+    marks = {
+        name: [f".{marker}." for marker in entry.markers]  # between dots, so that they match whole segments
+        for name, entry in entries().items()
+        if entry.markers
+    }
     counts: Counter[str] = Counter()
     for path, count in Counter(_numberless(stem.text) for stem in stems).items():
-        lengths = {arch.name: _longest_marker(arch, path) for arch in marked}
+        lengths = {name: _longest_marker(own, path) for name, own in marks.items()}
         longest = max(lengths.values())
         counts.update({name: count for name, length in lengths.items() if length and length == longest})
     most = max(counts.values(), default=0)
     if not most or 2 * most < len(stems):
-        return None, most
-    tied = [arch for arch in marked if counts[arch.name] == most]
-    hinted = [arch for arch in tied if _is_named(arch, base_model)]
-    return (hinted or tied)[0], most
+        return "", most
+    tied = [name for name in marks if counts[name] == most]
+    return (named(tied, base_model) or tied)[0], most
 
 
 def _numberless(path: str) -> str:
@@ -151,129 +187,69 @@ def _numberless(path: str) -> str:
     return f".{'.'.join(['#' if part.isdigit() else part for part in path.split('.')])}."
 
 
-def _longest_marker(arch: Arch, path: str) -> int:
+def _longest_marker(marks: Sequence[str], path: str) -> int:
     """The length, in segments, of the longest marker in a path."""
-    return max((mark.count(".") - 1 for mark in arch.marks if mark in path), default=0)
+    return max((mark.count(".") - 1 for mark in marks if mark in path), default=0)
 
 
 def _by_identity(
-    arch: Arch,
+    name: str,
     stems: Mapping[str, object],
     coverage: float,
-    metadata: Mapping[str, str],
-    base_model: str,
+    said: Sequence[Claim],
     notes: tuple[str, ...] = (),
 ) -> Detection:
-    resolved = {stem: meaning for stem in stems if (meaning := arch.resolve(stem)) is not None}
     notes += tuple(
-        f"{source} says {value} ({said.name}), but the names are not those of {said.name}"
-        for source, value, said in _claims(metadata, base_model)
-        if said is not arch
+        f"{claim.source} says {claim.value} ({claim.arch}), but the names are not those of {claim.arch}"
+        for claim in said
+        if claim.arch != name
     )
-    return Detection(arch.name, (), coverage, notes, resolved)
-
-
-def _denied(
-    arch: Arch, explained: Mapping[str, Resolved], stems: Mapping[str, tuple[int, int] | None]
-) -> str:
-    """The first name, known or not, of a weight that this architecture cannot have; empty if there is none."""
-    for stem, shape in stems.items():
-        meaning = explained.get(stem)
-        if arch.denies(meaning, shape) if meaning is not None else any(word in stem for word in arch.foreign):
-            return stem
-    return ""
+    return Detection(name, (), coverage, notes, CATALOG[name].resolve_all(stems))
 
 
 def _by_table(
     explained: Mapping[str, Mapping[str, Resolved]],
     stems: Mapping[str, tuple[int, int] | None],
-    metadata: Mapping[str, str],
-    base_model: str,
+    said: Sequence[Claim],
 ) -> Detection:
     """Choose among the architectures that explain the names equally well."""
-    contenders = [_archs()[name] for name in explained]
-    denied = {arch.name: _denied(arch, explained[arch.name], stems) for arch in contenders}
-    contenders = [arch for arch in contenders if not denied[arch.name]]
-    if not contenders:
-        notes = tuple(
+    contenders = {name: CATALOG[name] for name in explained}
+    left, told_by, denied = told_apart(contenders, explained, stems)
+    if not left:
+        unlike = tuple(
             f"the names are like those of {name}, but {stem} cannot be one of its weights"
             for name, stem in denied.items()
         )
-        return _by_identity(_archs()[UNKNOWN], stems, 0.0, metadata, base_model, notes)
-    told_by = "its names and widths" if len(contenders) < len(denied) else "its names"
-    if len(contenders) > 1:
-        fitting = _by_width(contenders, explained, stems)
-        if len(fitting) < len(contenders):
-            contenders, told_by = fitting, "its names and widths"
-    claims = list(_claims(metadata, base_model))
-    if len(contenders) > 1:
-        for source, _, said in claims:
-            if said in contenders:
-                contenders, told_by = [said], source
-                break
-    coverage = len(explained[contenders[0].name]) / len(stems)
-    if len(contenders) > 1:
-        names = tuple(sorted(arch.name for arch in contenders))
-        note = f"the names fit {' and '.join(names)} alike, and neither widths nor metadata tell them apart"
-        unknown = _archs()[UNKNOWN]
-        resolved = {stem: meaning for stem in stems if (meaning := unknown.resolve(stem)) is not None}
-        return Detection(UNKNOWN, names, coverage, (note,), resolved)
-    arch = contenders[0]
-    notes = _unexplained(arch, stems, explained[arch.name]) + tuple(
-        f"{source} says {value} ({said.name}), but by {told_by} it is {arch.name}"
-        for source, value, said in claims
-        if said is not arch
-    )
-    return Detection(arch.name, (), coverage, notes, explained[arch.name])
+        return _by_identity(UNKNOWN, stems, 0.0, said, unlike)
+    if len(left) > 1:
+        claim = next((claim for claim in said if claim.arch in left), None)
+        if claim is not None:
+            left, told_by = [claim.arch], claim.source
+    candidates = tuple(left) if len(left) > 1 else ()
+    name = _origin([contenders[each] for each in left])
+    alike = f"the names fit {' and '.join(left)} alike, and neither shapes nor metadata tell them apart"
+    coverage = len(explained[left[0]]) / len(stems)
+    if not name:
+        return Detection(UNKNOWN, candidates, coverage, (alike,), CATALOG[UNKNOWN].resolve_all(stems))
+    notes = [f"{alike}: read as {name}, which the others are derived from; --arch says otherwise"]
+    notes = (notes if candidates else []) + _unexplained(name, stems, explained[name])
+    notes += [
+        f"{claim.source} says {claim.value} ({claim.arch}), but by {told_by} it is {name}"
+        for claim in said
+        if claim.arch != name
+    ]
+    return Detection(name, candidates, coverage, tuple(notes), contenders[name].settled(explained[name]))
 
 
-def _unexplained(arch: Arch, stems: Mapping[str, object], explained: Mapping[str, object]) -> tuple[str, ...]:
+def _origin(archs: Sequence[Arch]) -> str:
+    """The one of these architectures that all others are derived from; empty if there is none."""
+    origins = [arch.name for arch in archs if arch.derived_from not in {each.name for each in archs}]
+    return origins[0] if len(origins) == 1 else ""
+
+
+def _unexplained(name: str, stems: Mapping[str, object], explained: Mapping[str, object]) -> list[str]:
     """A note on the names that the architecture found does not have."""
     rest = [stem for stem in stems if stem not in explained]
     if not rest:
-        return ()
-    return (f"{len(rest)} of {len(stems)} names are not those of {arch.name} (first: {rest[0]})",)
-
-
-def _by_width(
-    contenders: Sequence[Arch],
-    explained: Mapping[str, Mapping[str, Resolved]],
-    stems: Mapping[str, tuple[int, int] | None],
-) -> list[Arch]:
-    """The contenders whose width rules the most weights fulfil; all of them where no weight fulfils any.
-
-    A width that no rule knows (a tiny model's) is no evidence against anything.
-    """
-    votes = dict.fromkeys(explained, 0)
-    for arch in contenders:
-        sizes = {rule.size for rule in arch.widths}
-        for stem, meaning in explained[arch.name].items():
-            width = stems[stem]
-            if width is not None and width[1] in sizes:
-                votes[arch.name] += any(
-                    rule.size == width[1] and rule.speaks_of(meaning) for rule in arch.widths
-                )
-    most = max(votes.values())
-    return [arch for arch in contenders if votes[arch.name] == most]
-
-
-def _claims(metadata: Mapping[str, str], base_model: str) -> Iterator[tuple[str, str, Arch]]:
-    """What the metadata says that the architecture is, the most reliable source first."""
-    version = metadata.get("ss_base_model_version", "").lower()
-    spec = metadata.get("modelspec.architecture", "").lower().partition("/")[0]
-    model = metadata.get("ss_sd_model_name", "")
-    for arch in _archs().values():
-        if version and version in arch.kohya_versions:
-            yield "ss_base_model_version", version, arch
-    for arch in _archs().values():
-        if spec and spec in arch.modelspec:
-            yield "modelspec.architecture", spec, arch
-    for source, name in (("the base model's name", base_model), ("ss_sd_model_name", model)):
-        for arch in _archs().values():
-            if name and arch.has_table and _is_named(arch, name):
-                yield source, name, arch
-
-
-def _is_named(arch: Arch, model: str) -> bool:
-    words = "-" + re.sub(r"[^a-z0-9]", "-", model.lower())
-    return any("-" + part in words for part in arch.base_models)
+        return []
+    return [f"{len(rest)} of {len(stems)} names are not those of {name} (first: {rest[0]})"]

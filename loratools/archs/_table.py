@@ -8,30 +8,25 @@ spells the same weight. ``{}`` stands for any whole number, so that pruned and d
 - a tuple: diffusers splits the weight, whose rows these are, in equal shares (``"q"``) or weighted ones
   (``("mlp", 4)``), or as given (``("name", Rows(...))``);
 - ``swapped("name")``: the same weight with its halves exchanged.
-
-Names are found by skeleton: dots and underscores are one separator and every whole number is ``0``, so that
-one dictionary serves every dialect, dotted or flattened, in constant time.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
+from loratools.archs._names import DIFFUSERS, HOLE, NATIVE, Index, Name, parse
 from loratools.model import EMPTY, Rows
 
-HOLE = "{}"
-NATIVE = "native"
-DIFFUSERS = "diffusers"
+__all__ = ["DIFFUSERS", "HOLE", "NATIVE", "Component", "Piece", "Row", "Table", "Twin", "same", "swapped"]
 
 Piece: TypeAlias = "str | tuple[str, int] | tuple[str, Rows]"
 Twin: TypeAlias = "str | tuple[Piece, ...] | None"
 Row: TypeAlias = "tuple[str, Twin]"
 
-# A whole-number segment, between separators.
-_NUMBER = re.compile(r"(?<=_)([0-9]+)(?=_)")
+# The layouts whose prefixes imply another dialect than diffusers', the most telling first.
+_DIALECTS = {"kohya": "kohya", "comfy": NATIVE, "checkpoint": NATIVE}
 _HALVES_EXCHANGED = Rows(((1, 2), (0, 1)), of=2)
 
 
@@ -45,47 +40,13 @@ def same(*names: str) -> tuple[Row, ...]:
     return tuple((name, None) for name in names)
 
 
-def parse(stem: str) -> tuple[str, tuple[str, ...]]:
-    """A name's skeleton and its numbers: ``blocks.3.to_q`` is ``blocks_0_to_q`` and ``("3",)``.
-
-    Zero stands for every number, and thus can stand for nothing else, whatever characters a name has.
-    """
-    flat = f"_{stem.replace('.', '_')}_"
-    pieces = _NUMBER.split(flat)  # words and numbers in turn
-    return "0".join(pieces[::2])[1:-1], tuple(pieces[1::2])
-
-
-class Name(NamedTuple):
-    """One spelling of one weight, or of some rows of it; ``%s`` where a number stands.
-
-    Attributes:
-        native: The weight's native template.
-        rows: Which of its rows this names, or None for all.
-        dialect: The spelling's dialect; None where native and diffusers agree.
-        text: The spelling, dotted.
-    """
-
-    native: str
-    rows: Rows | None
-    dialect: str | None
-    text: str
-
-
-class _Bucket(NamedTuple):
-    """The names of one skeleton that have their holes in the same places, by their literal numbers."""
-
-    mask: tuple[bool, ...]
-    literals: tuple[int, ...]
-    holes: tuple[int, ...]
-    names: dict[tuple[str, ...], Name]
-
-
 class Table:
     """The names of a component's weights in every dialect.
 
     Attributes:
         rows: The native column and the diffusers column.
-        further: Other dialects' columns, by dialect, over the same native names: those that they have names for.
+        further: Other dialects' columns, by dialect, over the same native names: those that they have names for,
+            which may be a few of them.
     """
 
     def __init__(self, rows: tuple[Row, ...], further: Mapping[str, tuple[Row, ...]] = EMPTY) -> None:
@@ -96,26 +57,44 @@ class Table:
         """Every native template, and how a dialect spells it: several names where it splits the weight.
 
         A dialect that this table does not have is spelt as diffusers does: the libraries that made further
-        dialects changed single components, and left the others as they were.
+        dialects changed single components, and left the others as they were. One that it has names what its
+        column says, and nothing else.
         """
-        return self._columns.get(dialect) or self._columns[DIFFUSERS]
+        columns = self._columns
+        return columns[dialect if dialect in columns else DIFFUSERS]
 
     def find(self, skeleton: str, numbers: tuple[str, ...]) -> tuple[Name, tuple[str, ...]] | None:
         """The name with this skeleton and these numbers, and the numbers that fill its holes."""
-        return _found(self._native_index, skeleton, numbers) or _found(self.index, skeleton, numbers)
+        found = None if skeleton in self.homonyms else self._native_index.find(skeleton, numbers)
+        return found or self.index.find(skeleton, numbers)
 
     def knows(self, skeleton: str) -> bool:
         """Whether some name of some dialect has this skeleton."""
         return skeleton in self._native_index or skeleton in self.index
 
     @cached_property
-    def _native_index(self) -> dict[str, list[_Bucket]]:
+    def homonyms(self) -> frozenset[str]:
+        """The skeletons of native names that mean other weights in other dialects."""
+        own = {native.replace(".", "_"): native for native, _ in self.rows}
+        return frozenset(
+            [
+                parse(text.replace(HOLE, "0"))[0]
+                for column in (self.rows, *self.further.values())
+                for native, twin in column
+                if twin is not None
+                for text in _texts(twin)
+                if own.get(text.replace(".", "_"), native) != native
+            ]
+        )
+
+    @cached_property
+    def _native_index(self) -> Index:
         """The base checkpoint's own names alone: for files that use them, the others need not be looked at."""
-        index: dict[str, list[_Bucket]] = {}
+        index = Index()
         for native, twin in self.rows:
             template = _template(native)
-            _enter(index, Name(template, None, None if twin in (None, native) else NATIVE, template))
-        return _by_precision(index)
+            index.add(Name(template, None, None if twin in (None, native) else NATIVE, template))
+        return index
 
     def native(self, path: str) -> tuple[str, tuple[str, ...]] | None:
         """The native template of a canonical path, and its holes' numbers; None for any other."""
@@ -150,8 +129,7 @@ class Table:
         texts = [native for native, _ in self.rows]
         for column in (self.rows, *self.further.values()):
             for _, twin in column:
-                pieces = twin if isinstance(twin, tuple) else (twin,) if twin else ()
-                texts.extend([piece if isinstance(piece, str) else piece[0] for piece in pieces])
+                texts.extend(_texts(twin) if twin else ())
         return frozenset([text.partition(".")[0].partition("_")[0] for text in texts])
 
     @cached_property
@@ -163,39 +141,29 @@ class Table:
         }
 
     @cached_property
-    def index(self) -> dict[str, list[_Bucket]]:
-        """The names of all dialects by skeleton.
+    def index(self) -> Index:
+        """The names of all dialects.
 
         Raises:
-            ValueError: Two different weights claim one name.
+            ValueError: Two different weights claim one name in one dialect.
         """
-        index: dict[str, list[_Bucket]] = {}
+        index = Index()
         for column in self._columns.values():
             for names in column.values():
                 for name in names:
-                    _enter(index, name)
-        return _by_precision(index)
-
-
-def _found(
-    index: Mapping[str, list[_Bucket]], skeleton: str, numbers: tuple[str, ...]
-) -> tuple[Name, tuple[str, ...]] | None:
-    for bucket in index.get(skeleton, ()):
-        name = bucket.names.get(tuple([numbers[place] for place in bucket.literals]))
-        if name is not None:
-            return name, tuple([numbers[place] for place in bucket.holes])
-    return None
-
-
-def _by_precision(index: dict[str, list[_Bucket]]) -> dict[str, list[_Bucket]]:
-    for buckets in index.values():
-        # A literal number is more specific than a hole.
-        buckets.sort(key=lambda bucket: len(bucket.holes))
-    return index
+                    index.add(name)
+        return index
 
 
 def _template(text: str) -> str:
     return text.replace(HOLE, "%s")
+
+
+def _texts(twin: str | tuple[Piece, ...]) -> tuple[str, ...]:
+    """The names in a twin."""
+    if isinstance(twin, str):
+        return (twin,)
+    return tuple([piece if isinstance(piece, str) else piece[0] for piece in twin])
 
 
 def _names(native: str, twin: Twin, dialect: str) -> tuple[Name, ...]:
@@ -215,28 +183,6 @@ def _names(native: str, twin: Twin, dialect: str) -> tuple[Name, ...]:
             names.append(Name(template, Rows(((start, start + share),), of=total), dialect, text))
             start += share
     return tuple(names)
-
-
-def _enter(index: dict[str, list[_Bucket]], name: Name) -> None:
-    parts = name.text.replace(".", "_").split("_")
-    numbers = [part for part in parts if part == "%s" or part.isdigit()]
-    skeleton = "_".join(["0" if part == "%s" or part.isdigit() else part for part in parts])
-    mask = tuple([number == "%s" for number in numbers])
-    key = tuple([number for number in numbers if number != "%s"])
-    buckets = index.setdefault(skeleton, [])
-    bucket = next((bucket for bucket in buckets if bucket.mask == mask), None)
-    if bucket is None:
-        holes = tuple([place for place, hole in enumerate(mask) if hole])
-        literals = tuple([place for place, hole in enumerate(mask) if not hole])
-        bucket = _Bucket(mask, literals, holes, {})
-        buckets.append(bucket)
-    known = bucket.names.setdefault(key, name)
-    if known is name:
-        return
-    if (known.native, known.rows) != (name.native, name.rows):
-        raise ValueError(f"{name.text} names both {known.native} and {name.native}")
-    if {known.dialect, name.dialect} == {NATIVE, DIFFUSERS}:
-        bucket.names[key] = known._replace(dialect=None)
 
 
 class Component(NamedTuple):
@@ -265,6 +211,13 @@ class Component(NamedTuple):
         """
         chosen = self.dialects.get(layout, usual)
         return self.kohya_dialect if chosen == "kohya" else chosen
+
+    def implied(self, prefix: str) -> str:
+        """The dialect that names after a prefix are most likely in."""
+        for layout in (*_DIALECTS, *self.prefixes):
+            if prefix in self.prefixes.get(layout, ()):
+                return self.dialect(layout, _DIALECTS.get(layout, DIFFUSERS))
+        return NATIVE
 
     def prefix(self, layout: str) -> str | None:
         """The prefix that a layout writes; None if it has no name for this component.

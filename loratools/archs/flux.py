@@ -7,6 +7,7 @@ from loratools.archs._blocks import FLUX_BLOCKS, FLUX_VECTORS
 from loratools.archs._clip import CLIP, CLIP_READS_HIDDEN
 from loratools.archs._t5 import T5_ENCODER
 from loratools.archs._table import DIFFUSERS, NATIVE, Component, Row, Table, swapped
+from loratools.model import Rows
 
 _ROWS: tuple[Row, ...] = (
     ("img_in", "x_embedder"),
@@ -63,6 +64,17 @@ _ROWS: tuple[Row, ...] = (
     ("final_layer.linear", "proj_out"),
 )
 
+# XLabs' attention processors: 1 for the image's stream, 2 for the text's, none in single blocks.
+_XLABS: tuple[Row, ...] = (
+    ("double_blocks.{}.img_attn.qkv", "double_blocks.{}.processor.qkv_lora1"),
+    ("double_blocks.{}.img_attn.proj", "double_blocks.{}.processor.proj_lora1"),
+    ("double_blocks.{}.txt_attn.qkv", "double_blocks.{}.processor.qkv_lora2"),
+    ("double_blocks.{}.txt_attn.proj", "double_blocks.{}.processor.proj_lora2"),
+    # The rows of q, k and v; those of the MLP have no name.
+    ("single_blocks.{}.linear1", (("single_blocks.{}.processor.qkv_lora", Rows(((0, 3),), of=7)),)),
+    ("single_blocks.{}.linear2", "single_blocks.{}.processor.proj_lora"),
+)
+
 ARCH = Arch(
     name="flux",
     title="Flux.1",
@@ -76,10 +88,14 @@ ARCH = Arch(
                 "comfy": ("diffusion_model.",),
                 "lycoris": ("lycoris_", "lora_unet_"),
                 "onetrainer": ("lora_transformer_", "lora_unet_"),
+                "ai-toolkit": ("transformer.",),
+                "musubi": ("lora_unet_",),
+                "xlabs": ("",),
                 "checkpoint": ("model.diffusion_model.",),
             },
-            Table(_ROWS),
+            Table(_ROWS, {"xlabs": _XLABS}),
             kohya_dialect=NATIVE,
+            dialects={"xlabs": "xlabs"},
         ),
         Component(
             "text_encoder",
@@ -110,7 +126,7 @@ ARCH = Arch(
             kohya_dialect=DIFFUSERS,
         ),
     ),
-    kohya_versions=("flux1", "flux.1", "flux1-dev", "flux1-schnell"),
+    kohya_versions=("flux1", "flux.1", "flux1-dev", "flux1-schnell", "flux_kontext"),
     modelspec=("flux-1-dev", "flux-1-schnell", "flux.1-dev", "flux.1-schnell", "flux-1-dev-kontext"),
     base_models=("flux-1", "flux1", "flux"),
     widths=(

@@ -27,6 +27,8 @@ ARCH = Arch(
             },
             OPENCLIP,
             kohya_dialect=DIFFUSERS,
+            # ComfyUI names it as Hugging Face does.
+            dialects={"comfy": DIFFUSERS},
         ),
     ),
     kohya_versions=("sd_v2", "sd_v2_v", "sd_2.0", "sd_2.1"),

@@ -44,6 +44,8 @@ ARCH = Arch(
             },
             OPENCLIP,
             kohya_dialect=DIFFUSERS,
+            # ComfyUI names it as Hugging Face does.
+            dialects={"comfy": DIFFUSERS},
         ),
     ),
     kohya_versions=("sdxl_base_v1-0", "sdxl_base_v0-9", "sdxl_1.0", "sdxl"),

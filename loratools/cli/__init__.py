@@ -24,6 +24,7 @@ from loratools.cli._group import Commands  # noqa: E402
 
 COMMANDS = {
     "info": "What each file is: architecture, layout, ranks, norms, training.",
+    "convert": "Write an adapter in another layout, losslessly.",
     "merge": "Combine several adapters into one.",
 }
 
@@ -33,6 +34,7 @@ _CLEAN_UP = ("torch", "numpy", "coverage")
 _EPILOG = """\b
 Examples:
   loratools info style.safetensors
+  loratools convert style.safetensors -o style_diffusers.safetensors --to diffusers
   loratools merge style.safetensors character.safetensors -o both.safetensors
   loratools merge --help
 """
@@ -48,7 +50,7 @@ Examples:
 )
 @click.version_option(__version__, prog_name="loratools", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Inspect and merge LoRA adapters, whatever trainer wrote them.
+    """Inspect, convert and merge LoRA adapters, whatever trainer wrote them.
 
     A PATH is a .safetensors, .ckpt, .pt, .pth, .bin, .npz or .gguf file, or a folder that is an adapter
     (PEFT, MLX). What a file is, is read from its content, never from its name.

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from loratools.errors import LayoutError
 from loratools.model import EMPTY, Adapter, Layout, Module, Target
 from loratools.tensors import TensorRef
+
+if TYPE_CHECKING:
+    from loratools.io.writer import Digest
 
 _LONGEST_PREFIX = 40
 
@@ -112,12 +115,15 @@ class Document(NamedTuple):
         metadata: The header's string metadata.
         config: adapter_config.json for a folder layout, else None.
         ordered: Whether the tensors keep the order given instead of the container's usual one.
+        computed: The keys of ``metadata`` whose values are digests of the file's own data, and of what part; they
+            hold blanks of the final length, which the writer fills in.
     """
 
     tensors: tuple[TensorRef, ...]
     metadata: Mapping[str, str]
     config: Mapping[str, Any] | None = None
     ordered: bool = False
+    computed: Mapping[str, Digest] = EMPTY
 
 
 class Scaler(Protocol):
@@ -184,6 +190,8 @@ class Format(NamedTuple):
             which case the scale has to be folded into the factors beforehand.
         adopt: How a tensor of no module from another layout is called here; None where there is no place for it.
         reads_as: The layouts that files written so are recognised as, where that is not its own name.
+        parts: Whether it names parts of fused weights where no table does.
+        pickled: The variant that is written as a pickle, where it has one.
     """
 
     name: str
@@ -202,6 +210,15 @@ class Format(NamedTuple):
     alpha: str = "config"
     adopt: Adopter = nowhere
     reads_as: tuple[str, ...] = ()
+    parts: bool = False
+    pickled: str = ""
+
+    def states_scale(self, module: Module) -> bool:
+        """Whether the layout has a place for this module's scale."""
+        if self.alpha == "config":
+            return module.kind in ("lora", "adalora")
+        # Layouts that fold LoRA's may state it for kinds that they took over with their alphas.
+        return self.alpha == "tensor" or ("alpha" in self.roles and module.kind == "lokr")
 
     def lacking(self, module: Module) -> tuple[str, ...]:
         """The roles of a module that the layout has no names for; "magnitude_in" is a magnitude per input."""

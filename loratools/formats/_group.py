@@ -1,10 +1,11 @@
-"""Keys into groups: one group per module, everything else left over."""
+"""Keys into groups: one group per module, everything else left over; and what the shapes of a group say."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
+from loratools import kinds
 from loratools.errors import NameResolutionError, NotAnAdapterError
 from loratools.formats._base import Group
 from loratools.formats._parse import Part, split, tail_of
@@ -104,3 +105,24 @@ def _claim_ia3(groups: dict[str, Group], left: dict[str, TensorRef]) -> None:
     for stem, found in groups.items():
         if "on_input" in found.roles and f"{stem}.weight" in left:
             found.roles["ia3_weight"] = left.pop(f"{stem}.weight")
+
+
+def widths(found: Group) -> tuple[int, int] | None:
+    """The weight's height and width, as far as the factors tell."""
+    roles = {role.removeprefix("embedding_"): ref for role, ref in found.roles.items()}
+    if "up" in roles and "down" in roles:
+        up, down = roles["up"].shape, roles["down"].shape
+        return (up[0], down[1]) if len(up) > 1 and len(down) > 1 else None
+    kind = kinds.of_roles(roles)
+    shape = kind.shape(roles) if kind is not None else None
+    return (shape[0], shape[1]) if shape is not None and len(shape) > 1 else None
+
+
+def magnitude_axis(magnitude: TensorRef) -> str:
+    """Which axis of the weight DoRA's magnitude runs along.
+
+    LyCORIS and OneTrainer store one value per input as (1, in, …), PEFT a convolution's as (1, out, 1, 1) under its
+    own name; one-dimensional ones are per output.
+    """
+    several = len(magnitude.shape) > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] > 1
+    return "in" if several and magnitude.name.endswith("dora_scale") else "out"

@@ -1,17 +1,95 @@
-"""What several layouts spell alike: targets by their architecture's tables, PEFT's magnitude vectors."""
+"""What layouts make names of: prefix, dialect and separator, by their architecture's tables."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
+from typing import NamedTuple
+
 from loratools import archs
 from loratools.formats._base import cannot_hold
-from loratools.model import Layout, Module, Target
+from loratools.model import EMPTY, Adapter, Layout, Module, Target
 from loratools.tensors import TensorRef
 
 
+class Naming(NamedTuple):
+    """How a layout names modules.
+
+    Attributes:
+        layout: Whose prefixes and dialects the architecture's components state.
+        dialect: The usual one: "native", "diffusers", or "kohya" for what Kohya files use.
+        separator: "." or "_".
+        usual: Prefixes by component, for architectures that nobody has described.
+        seen: Prefixes and their components, which such a module keeps where its own keys have one.
+        stand_in: Another layout, whose prefix is written where a component states none for this one.
+        todo: What to do about a component that it has no prefix for.
+    """
+
+    layout: str
+    dialect: str
+    separator: str
+    usual: Mapping[str, str] = EMPTY
+    seen: tuple[tuple[str, str], ...] = ()
+    stand_in: str = ""
+    todo: str = "Write it in another layout"
+
+    def stem(self, module: Module, adapter: Adapter, layout: Layout) -> str:
+        """A module's name without a suffix.
+
+        Raises:
+            LayoutError: The layout has no name for it.
+        """
+        return self.prefix(module, adapter, layout) + self.body(module, adapter, layout)
+
+    def prefix(self, module: Module, adapter: Adapter, layout: Layout) -> str:
+        """What stands before the path.
+
+        Raises:
+            LayoutError: The layout has no prefix for the component.
+        """
+        target = module.target
+        found = _stated(adapter.arch, target.component, self.layout)
+        if found is None and self.stand_in:
+            found = _stated(adapter.arch, target.component, self.stand_in)
+        if found is None and component(adapter.arch, target.component) is None:
+            found = self._kept(module) or self.usual.get(target.component)
+        if found is None:
+            raise cannot_hold(layout, _owner(adapter.arch, target.component), [str(target)], self.todo)
+        return found
+
+    def _kept(self, module: Module) -> str | None:
+        key = next((ref.name for ref in module.factors.values()), "")
+        owner = module.target.component
+        return next((prefix for prefix, each in self.seen if each == owner and key.startswith(prefix)), None)
+
+    def body(self, module: Module, adapter: Adapter, layout: Layout) -> str:
+        """The path as this layout spells it.
+
+        Raises:
+            LayoutError: It is part of a fused weight that the layout does not spell in such parts.
+        """
+        row = component(adapter.arch, module.target.component)
+        dialect = row.dialect(self.layout, self.dialect) if row is not None else self.dialect
+        return body(adapter.arch, module.target, dialect, self.separator, layout)
+
+
+@cache
 def component(arch: str, name: str) -> archs.Component | None:
     """The component's row in the architecture's table, or None where it has none."""
     table = archs.all_archs().get(arch)
     return next((row for row in table.components if row.name == name), None) if table is not None else None
+
+
+def _stated(arch: str, name: str, layout: str) -> str | None:
+    """The prefix that a component states for a layout; none of its own where paths are names."""
+    row = component(arch, name)
+    return row.prefix(layout) or None if row is not None else None
+
+
+def _owner(arch: str, name: str) -> str:
+    row = component(arch, name)
+    described = row is not None and row.table is not None
+    return f"the {name} of {archs.get(arch).title}" if described else f"a {name}"
 
 
 def body(arch: str, target: Target, dialect: str, separator: str, layout: Layout) -> str:
@@ -31,12 +109,14 @@ def body(arch: str, target: Target, dialect: str, separator: str, layout: Layout
         spelt = archs.get(arch).spell(target.component, target.path, target.rows, dialect, separator)
         if spelt is not None:
             return spelt
-        if archs.get(arch).pieces(target.component, target.path, dialect):
+        if archs.get(arch).has_table and archs.get(arch).pieces(target.component, target.path, "native"):
+            if not archs.get(arch).pieces(target.component, target.path, dialect):
+                raise cannot_hold(layout, "a weight that it has no name for", [str(target)])
             raise cannot_hold(
                 layout,
                 "a fused weight that it spells in parts (or the other way round)",
                 [str(target)],
-                "Merging regroups them: `loratools merge FILE --to LAYOUT`",
+                "Converting regroups them: `loratools convert FILE --to LAYOUT`",
             )
     if target.rows is not None:
         raise cannot_hold(layout, "part of a fused weight", [str(target)])
@@ -45,7 +125,7 @@ def body(arch: str, target: Target, dialect: str, separator: str, layout: Layout
             layout,
             "names whose dots a flattened layout has replaced, as long as the architecture is unknown",
             [target.path],
-            "Say which it is with --arch",
+            "Give the model that it was made for with --base, or its architecture with --arch",
         )
     return target.path.replace(".", "_") if separator == "_" else target.path
 

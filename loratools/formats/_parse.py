@@ -140,6 +140,8 @@ _GLUED: dict[str, Suffix] = {
 }
 
 _SAM = r"w_(a|b)_(\d+)"
+# XLabs' processors number their adapters after the word: qkv_lora1 is the image's, qkv_lora2 the text's.
+_XLABS = r"(.*\.processor\.(?:qkv|proj)_lora[12]?)\.(down|up)\.weight"
 
 # A raw model.state_dict() leaves the adapter's name after the factor: lora_A.default.weight.
 # Compiled when a key asks for it, which few do.
@@ -184,6 +186,9 @@ def tail_of(key: str, stem: str) -> Suffix | None:
 
 
 def _split_glued(key: str) -> Part | None:
+    found = re.fullmatch(_XLABS, key) if ".processor." in key else None
+    if found:
+        return Part(found[1], Suffix(found[2], "xlabs"))
     for tail, suffix in _GLUED.items():
         if key.endswith(tail) and len(key) > len(tail):
             return Part(key[: -len(tail)], suffix)

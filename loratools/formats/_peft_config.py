@@ -18,20 +18,26 @@ from loratools.model import Module
 # Initialisations that take part of the base weight into the factors, and leave the rest as the base.
 _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-# What a LoraConfig says that a computed adapter no longer has.
-_RESET: dict[str, Any] = {
+# What a LoraConfig says that the modules themselves say again.
+_TOLD_AGAIN: dict[str, Any] = {
     "use_rslora": False,
     "use_dora": False,
     "layers_to_transform": None,
     "layers_pattern": None,
     "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+}
+# What it says of how the factors began, which is not true of computed ones.
+_TRAINING: dict[str, Any] = {
     "loftq_config": {},
     "corda_config": None,
     "eva_config": None,
     "lora_ga_config": None,
     "init_lora_weights": True,
-    "inference_mode": True,
 }
+# What configurations of all of PEFT's methods say.
+_SHARED = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version")
 
 
 def pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
@@ -56,10 +62,17 @@ def scale(config: Mapping[str, Any], module: str, rank: int) -> Scale:
     Args:
         config: A LoraConfig as a mapping.
         module: The module's dotted path in the base model.
-        rank: The rank of its tensors, which is what PEFT divides by when the configuration is true.
+        rank: The rank of its tensors, which is what PEFT divides by when the configuration is true; 0 where they have
+            none (LoKr with both factors whole), in which case it divides by the configuration's.
     """
-    alpha = pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+    # LoHa and LoKr call it by its short name.
+    usual = config.get("lora_alpha", config.get("alpha"))
+    alpha = pattern_value(config.get("alpha_pattern"), module, usual)
     stated = pattern_value(config.get("rank_pattern"), module, config.get("r"))
+    if not rank:
+        if not isinstance(stated, int) or not stated:
+            return Scale(1.0, None, "the configuration states no rank; a scale of 1 is assumed")
+        rank = stated
     note = _mutated(config)
     if isinstance(stated, int) and stated != rank:
         note = f"adapter_config.json says rank {stated} for {module}, its tensors have rank {rank}"
@@ -87,6 +100,7 @@ def build(
     *,
     keep_targets: bool,
     anchored: bool = True,
+    keep_training: bool = False,
 ) -> dict[str, Any]:
     """A configuration that is true for these modules.
 
@@ -95,6 +109,7 @@ def build(
         start: A configuration to keep the other fields of, or empty.
         keep_targets: Whether ``target_modules`` of ``start`` names exactly these modules.
         anchored: Whether the paths are whole; else they are tails of what the base model may call its modules.
+        keep_training: Whether the factors are those of one training, so that how they began is still true.
 
     Returns:
         A mapping that PEFT's LoraConfig accepts.
@@ -106,8 +121,12 @@ def build(
     alphas = {path: module.scale * ranks[path] for path, module in found}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
-    config: dict[str, Any] = {"peft_type": "LORA", "task_type": None, "bias": "none", **start}
-    config.update({key: value for key, value in _RESET.items() if key in start or key == "inference_mode"})
+    kind = "ADALORA" if any(module.kind == "adalora" for _, module in found) else "LORA"
+    if start.get("peft_type", kind) != kind:
+        start = {key: start[key] for key in _SHARED if key in start}
+    config: dict[str, Any] = {"task_type": None, "bias": "none", **start, "peft_type": kind}
+    reset = _TOLD_AGAIN if keep_training else {**_TOLD_AGAIN, **_TRAINING}
+    config.update({key: value for key, value in reset.items() if key in start or key == "inference_mode"})
     config.update(
         r=rank,
         lora_alpha=_whole(alpha),

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from loratools import archs, kinds
-from loratools.errors import ArchitectureError, IncompleteModuleError, NameResolutionError, NotAnAdapterError
-from loratools.formats import _classify
-from loratools.formats._base import Facts, Format, Group, Scale
-from loratools.formats._group import group
+from loratools import kinds
+from loratools.errors import IncompleteModuleError, NotAnAdapterError
+from loratools.formats import _classify, _scaling
+from loratools.formats._base import Facts, Format, Group
+from loratools.formats._claimed import Claimed
+from loratools.formats._group import group, magnitude_axis
+from loratools.formats._resolve import resolve
 from loratools.kinds import lora
-from loratools.model import EMPTY, Adapter, Layout, Module, Target
+from loratools.model import EMPTY, Adapter, Layout, Module, Rows, Target
 from loratools.registry import scan
 from loratools.tensors import TensorRef
+
+if TYPE_CHECKING:
+    from loratools.formats._positions import Placed
 
 # Roles that stand beside a kind's factors.
 _BESIDE = ("alpha", "magnitude")
@@ -31,6 +37,7 @@ def read(
     sequence: bool = False,
     arch: str | None = None,
     path: str = "",
+    embedded: bool = False,
 ) -> Adapter:
     """Name every tensor of a file.
 
@@ -42,20 +49,30 @@ def read(
         sequence: Whether a pickle held a bare list of tensors.
         arch: The architecture, overriding detection.
         path: For messages.
+        embedded: Whether to read the LoRA that an IP-Adapter may hold beside its projections, too.
 
     Returns:
-        The adapter; its ``type`` says what the file is instead where it is none, and then it has no modules.
+        The adapter; its ``type`` says what the file is instead where it is none, and then it has no modules but
+        the ``embedded`` ones.
 
     Raises:
         LoraError: A module is incomplete, its shapes disagree, or two keys name one weight.
     """
     if sequence:
-        tensors = _listed(tensors)
+        from loratools.formats import _positions
+
+        tensors = _positions.listed(tensors)
     groups, extras = group(tensors, path)
     facts = Facts(
         groups, tuple(tensors), metadata=metadata, config=config, container=container, sequence=sequence
     )
     kind = _classify.classify(facts, extras)
+    if kind == "ip-adapter" and embedded:
+        from loratools.formats import _positions
+
+        placed = _positions.ip_adapter(groups)
+        if placed is not None:
+            return _embedded(facts, extras, placed, path)
     if kind != "adapter":
         notes = _classify.notes(facts, kind)
         layout = Layout(
@@ -67,29 +84,35 @@ def read(
     return _Reader(facts, extras, arch, path).adapter()
 
 
-def _listed(tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
-    """Names for a bare list of matrices: up and down alternate."""
-    refs = list(tensors.values())
-    if len(refs) % 2 or any(len(ref.shape) not in (2, 4) for ref in refs):
-        return dict(tensors)
-    named: dict[str, TensorRef] = {}
-    for number in range(0, len(refs), 2):
-        for role, ref in (("up", refs[number]), ("down", refs[number + 1])):
-            key = f"{number // 2}:{role}"
-            named[key] = ref.renamed(key)
-    return named
+def _embedded(facts: Facts, extras: dict[str, TensorRef], placed: Placed, path: str) -> Adapter:
+    """An IP-Adapter with the LoRA in it as modules; all its other tensors are extras."""
+    chosen = {stem: found for stem, found in facts.groups.items() if found.name in placed.resolved}
+    rest = [ref for stem, found in facts.groups.items() if stem not in chosen for ref in found.roles.values()]
+    inner = Facts(chosen, facts.keys, metadata=facts.metadata, container=facts.container)
+    reader = _Reader(inner, extras | {ref.name: ref for ref in rest}, None, path, placed)
+    layout = Layout("ip-adapter", "", facts.container)
+    # Its layout has no writer, so that its keys' order says nothing.
+    return replace(reader.adapter(), type="ip-adapter", layout=layout, order=())
 
 
 class _Reader:
     """One pass over a file that is known to be an adapter."""
 
-    def __init__(self, facts: Facts, extras: dict[str, TensorRef], arch: str | None, path: str) -> None:
+    def __init__(
+        self,
+        facts: Facts,
+        extras: dict[str, TensorRef],
+        arch: str | None,
+        path: str,
+        placed: Placed | None = None,
+    ) -> None:
         self.extras = extras
         self.path = path
         self.notes: list[str] = []
         self.scales: list[str] = []
         self.facts = facts
-        self.resolved = self._detect(facts, arch)
+        self.resolved, notes = resolve(facts, arch, path, placed)
+        self.notes.extend(notes)
         self.format = self._format()
         self.flipped = self.format.flipped(self.facts)
         self.in_first = bool(facts.config.get("fan_in_fan_out"))
@@ -99,24 +122,20 @@ class _Reader:
     def adapter(self) -> Adapter:
         """All groups as modules."""
         modules: dict[Target, Module] = {}
-        owners: dict[Target, str] = {}
+        claimed = Claimed(self.path)
+        layout = Layout(self.format.name, self.format.variant(self.facts), self.facts.container)
+        grouped = (layout.name, layout.variant) == ("loralib", "merged")
         for stem, found in self.facts.groups.items():
             if len(found.roles) < 3 and found.roles.keys() <= _FACTORLESS:
                 self._orphan(found)
                 continue
-            module = self._module(found)
-            if module.target in modules:
-                raise NameResolutionError(
-                    f"two modules name {module.target}",
-                    path=self.path,
-                    keys=[owners[module.target], stem],
-                    todo="Keep one of them",
-                )
-            modules[module.target] = module
-            owners[module.target] = stem
-        self._summarise_scales()
+            for part, rows in self._parts(found) if grouped else ((found, None),):
+                module = self._module(part, rows)
+                claimed.add(module.target, stem)
+                modules[module.target] = module
+        claimed.refuse_overlaps()
+        self._say(modules, grouped)
         facts = self.facts
-        layout = Layout(self.format.name, self.format.variant(facts), facts.container)
         return Adapter(
             modules,
             self.extras,
@@ -127,33 +146,25 @@ class _Reader:
             self.path,
             tuple(self.notes),
             "ia3" if {module.kind for module in modules.values()} == {"ia3"} else "adapter",
-            facts.keys,
+            # Parts of one tensor have no keys of their own: the layout names them anew.
+            () if grouped else facts.keys,
         )
 
-    def _detect(self, facts: Facts, arch: str | None) -> Mapping[str, archs.Resolved]:
-        names = {found.name: _widths(found) for found in facts.groups.values()}
-        base = str(facts.config.get("base_model_name_or_path") or facts.config.get("model") or "")
-        if arch is not None:
-            chosen = archs.get(arch)
-            facts.arch = arch
-            resolved = {name: match for name in names if (match := chosen.resolve(name)) is not None}
-            if names and not resolved:
-                raise ArchitectureError(
-                    f"none of the {len(names)} modules has a name of {chosen.title}",
-                    path=self.path or None,
-                    keys=list(names),
-                    todo="Leave --arch out, or give the architecture that the adapter was made for",
-                )
-            unknown = [name for name in names if name not in resolved]
-            if unknown and chosen.has_table:
-                self.notes.append(
-                    f"{len(unknown)} of {len(names)} names are not those of {arch} (first: {unknown[0]})"
-                )
-            return resolved
-        found = archs.detect(names, facts.metadata, base)
-        self.notes.extend(found.notes)
-        facts.arch = found.arch
-        return found.resolved
+    def _say(self, modules: Mapping[Target, Module], grouped: bool) -> None:
+        """Notes on what was assumed, and on what cannot be used."""
+        self.notes.extend(_scaling.summary(self.scales))
+        if grouped:
+            from loratools.formats import _grouped
+
+            self.notes.extend(_grouped.notes(self.facts))
+        wrong = _scaling.nonfinite(modules.values())
+        if wrong:
+            self.notes.append(f"{len(wrong)} alphas are NaN or infinite (first: {wrong[0]})")
+
+    def _parts(self, found: Group) -> Sequence[tuple[Group, Rows | None]]:
+        from loratools.formats import _grouped
+
+        return _grouped.parts(found, self.path)
 
     def _format(self) -> Format:
         formats: Mapping[str, Format] = scan("loratools.formats", "FORMAT")
@@ -171,7 +182,7 @@ class _Reader:
             self.extras[ref.name] = ref
         self.notes.append(f"{found.stem} states an alpha but has no factors")
 
-    def _module(self, found: Group) -> Module:
+    def _module(self, found: Group, rows: Rows | None = None) -> Module:
         roles, op = found.roles, "linear"
         if "embedding_up" in roles:
             roles, op = {role.removeprefix("embedding_"): ref for role, ref in roles.items()}, "embedding"
@@ -181,10 +192,14 @@ class _Reader:
         kind = self._kind(found, roles, factors)
         rank, shape = kind.rank(factors), kind.shape(factors)
         target = self._target(found)
-        scale = self._scale(found, roles, target, rank, kind.name)
+        if rows is not None:
+            target = target._replace(rows=rows)
+        scale = _scaling.scale_of(found, roles, target.component, kind, self.facts, self.format)
+        if scale.note:
+            self.scales.append(scale.note)
         magnitude = roles.get("magnitude")
         conv = shape is not None and len(shape) > 2 and kind.low_rank
-        axis = _axis(magnitude) if magnitude is not None else None
+        axis = magnitude_axis(magnitude) if magnitude is not None else None
         in_first = op == "embedding" or (self.in_first and target.component not in _IMAGE)
         # Positions rather than names: this is done for every module of a file.
         return Module(
@@ -240,63 +255,6 @@ class _Reader:
         if match is not None and self.facts.arch != "unknown":
             return Target(match.component, match.path, match.rows)
         return self.format.locate(found.name)
-
-    def _scale(
-        self, found: Group, roles: Mapping[str, TensorRef], target: Target, rank: int | None, kind: str
-    ) -> Scale:
-        if kind == "lokr" and {"lokr_w1", "lokr_w2"} <= roles.keys():
-            return Scale(1.0, roles["alpha"].scalar() if "alpha" in roles else None)
-        if not rank:
-            return Scale(1.0)
-        if kind == "adalora":
-            return _pruned_scale(roles, self.facts.config, rank)
-        # LyCORIS' trained factor; it is usually folded into the weights when they are saved.
-        further = roles["scalar"].scalar() if "scalar" in roles else 1.0
-        if "alpha" in roles:
-            alpha = roles["alpha"].scalar()
-            return Scale(further * alpha / rank, alpha)
-        scale = self.format.scaler(found, target.component, rank, self.facts)
-        scale = scale._replace(value=further * scale.value)
-        if scale.note:
-            self.scales.append(scale.note)
-        return scale
-
-    def _summarise_scales(self) -> None:
-        """One note for each thing said of the scales, however many modules it was said of."""
-        unique = list(dict.fromkeys(self.scales))
-        if len(unique) > 3:
-            unique = [*unique[:2], f"{len(unique) - 2} more modules like that"]
-        self.notes.extend(unique)
-
-
-def _widths(found: Group) -> tuple[int, int] | None:
-    """The weight's height and width, as far as the factors tell."""
-    roles = {role.removeprefix("embedding_"): ref for role, ref in found.roles.items()}
-    if "up" in roles and "down" in roles:
-        up, down = roles["up"].shape, roles["down"].shape
-        return (up[0], down[1]) if len(up) > 1 and len(down) > 1 else None
-    kind = kinds.of_roles(roles)
-    shape = kind.shape(roles) if kind is not None else None
-    return (shape[0], shape[1]) if shape is not None and len(shape) > 1 else None
-
-
-def _pruned_scale(roles: Mapping[str, TensorRef], config: Mapping[str, Any], rank: int) -> Scale:
-    """AdaLoRA's scale: alpha over the rank that pruning left, as PEFT's SVDLinear has it."""
-    alpha = config.get("lora_alpha")
-    if not isinstance(alpha, int | float):
-        return Scale(1.0, None, "the configuration states no lora_alpha; a scale of 1 is assumed")
-    left = roles["ranknum"].scalar() if "ranknum" in roles else rank
-    return Scale(alpha / (left + 1e-5), float(alpha))
-
-
-def _axis(magnitude: TensorRef) -> str:
-    """Which axis of the weight DoRA's magnitude runs along.
-
-    LyCORIS and OneTrainer store one value per input as (1, in, …), PEFT a convolution's as (1, out, 1, 1) under its
-    own name; one-dimensional ones are per output.
-    """
-    several = len(magnitude.shape) > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] > 1
-    return "in" if several and magnitude.name.endswith("dora_scale") else "out"
 
 
 _UNKNOWN = Format(name="unknown", title="unknown", claims=lambda _: 0.0)

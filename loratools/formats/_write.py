@@ -27,7 +27,25 @@ def document(adapter: Adapter, layout: Layout, form: Format) -> Document:
         raise LayoutError(
             f"the {form.title} layout can be read but not written yet", todo="Choose another with --to"
         )
-    foreign = [] if layout.name == adapter.layout.name else list(adapter.extras)
+    extras = _extras(adapter, layout, form)
+    tensors: list[TensorRef] = []
+    for module in adapter.modules.values():
+        tensors += form.speller(module, adapter, layout)
+    tensors += extras
+    _refuse_twins(tensors)
+    return form.finisher(adapter, tensors, layout)
+
+
+def _extras(adapter: Adapter, layout: Layout, form: Format) -> list[TensorRef]:
+    """The tensors of no module under the layout's keys.
+
+    Raises:
+        LayoutError: It has no place for some of them.
+    """
+    if layout.name == adapter.layout.name:
+        return list(adapter.extras.values())
+    adopted = {key: form.adopt(ref, adapter) for key, ref in adapter.extras.items()}
+    foreign = [key for key, ref in adopted.items() if ref is None]
     if foreign:
         raise LayoutError(
             f"the {form.title} layout cannot hold {len(foreign)} tensors that belong to no module",
@@ -35,16 +53,7 @@ def document(adapter: Adapter, layout: Layout, form: Format) -> Document:
             keys=foreign,
             todo="Leave them out with --drop extras, or keep the layout they came in",
         )
-    tensors: list[TensorRef] = []
-    for module in adapter.modules.values():
-        named = [ref for _, ref in module.tensors()]
-        # Where alpha lies in the configuration, a tensor that states it too would be one statement too many.
-        keep = same and all(ref.name for ref in named) and module.alpha_tensor is not None
-        keep = keep and "alpha" in form.roles
-        tensors += named if keep else form.speller(module, adapter, layout)
-    tensors += adapter.extras.values()
-    _refuse_twins(tensors)
-    return form.finisher(adapter, tensors, layout)
+    return [ref for ref in adopted.values() if ref is not None]
 
 
 def _verbatim(adapter: Adapter, form: Format) -> Document:

@@ -15,18 +15,23 @@ from functools import lru_cache
 from typing import Any
 
 from loratools.errors import MalformedFileError
-from loratools.formats import _names, _peft_config
+from loratools.formats import _carried, _names, _peft_config, _spell, _suffixes
 from loratools.formats._base import Document, Facts, Format, Group, Scale, cannot_hold
+from loratools.formats._names import Naming
 from loratools.model import Adapter, Layout, Module
 from loratools.tensors import TensorRef
 
-_HEADER = "lora_adapter_metadata"
+_HEADER = _carried.DIFFUSERS_HEADER
 _PREFIXES = (
+    ("text_conditioner.", "text_conditioner"),
+    ("text_encoder_4.", "text_encoder_4"),
     ("text_encoder_3.", "text_encoder_3"),
     ("text_encoder_2.", "text_encoder_2"),
     ("text_encoder.", "text_encoder"),
     ("transformer.", "denoiser"),
     ("unet.", "denoiser"),
+    ("transformer_2.", "denoiser"),
+    ("prior.", "denoiser"),
 )
 _IMAGE_BODIES = (
     "down_blocks.",
@@ -35,10 +40,16 @@ _IMAGE_BODIES = (
     "transformer_blocks.",
     "single_transformer_blocks.",
 )
-_SUFFIXES = {
-    "peft-keys": {"up": "lora_B.weight", "down": "lora_A.weight", "up_bias": "lora_B.bias"},
-    "lora-updown": {"up": "lora.up.weight", "down": "lora.down.weight"},
-}
+# Whose loaders know LoKr; a file of theirs has nothing else.
+_LOKR_ARCHS = ("flux2", "z_image")
+_UPDOWN = {"up": "lora.up.weight", "down": "lora.down.weight"}
+_NAMING = Naming(
+    "diffusers",
+    "diffusers",
+    ".",
+    {owner: prefix for prefix, owner in reversed(_PREFIXES)},
+    todo="Write it as kohya or PEFT instead",
+)
 
 
 def _claims(facts: Facts) -> float:
@@ -95,15 +106,20 @@ def _configs(text: str) -> Mapping[str, Mapping[str, Any]]:
     return configs
 
 
-def _prefix(module: Module, adapter: Adapter) -> str:
-    found = _names.component(adapter.arch, module.target.component)
-    if found is not None and "diffusers" in found.prefixes:
-        return found.prefixes["diffusers"][0]
-    return next((prefix for prefix, owner in _PREFIXES if owner == module.target.component), "")
+def configs_of(adapter: Adapter) -> dict[str, Mapping[str, Any]]:
+    """The header's configurations by component.
+
+    Raises:
+        MalformedFileError: The header holds something else.
+    """
+    found = _configs(adapter.metadata.get(_HEADER, "{}"))
+    named = {owner: found[prefix[:-1]] for prefix, owner in _PREFIXES if prefix[:-1] in found}
+    # Without a prefix it is that of a file of one component.
+    return {**dict.fromkeys(adapter.components(), found[""]), **named} if "" in found else named
 
 
-def _body(module: Module, adapter: Adapter, layout: Layout) -> str:
-    return _names.body(adapter.arch, module.target, "diffusers", ".", layout)
+def _prefix(module: Module, adapter: Adapter, layout: Layout) -> str:
+    return "" if layout.variant == "no-prefix" else _NAMING.prefix(module, adapter, layout)
 
 
 def _in_any_transformers(path: str) -> str:
@@ -111,40 +127,55 @@ def _in_any_transformers(path: str) -> str:
     return path.removeprefix("text_model.")
 
 
+def _suffixes_of(module: Module, layout: Layout) -> Mapping[str, str]:
+    # The attention processors' generation names only four projections; what it lacks is spelt the later way,
+    # which every reader of the former accepts in the same file.
+    old = layout.variant in ("lora-updown", "attn-procs") and module.factors.keys() <= _UPDOWN.keys()
+    if module.op == "embedding":
+        return _suffixes.PEFT_EMBEDDING
+    return _UPDOWN if old else _suffixes.PEFT
+
+
 def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef]:
     if module.target.component in ("language_model", "speech_model", "vision_model"):
         raise cannot_hold(layout, f"a {module.target.component}", [str(module.target)], "Write it as peft")
-    body = _body(module, adapter, layout)
-    prefix = "" if layout.variant == "no-prefix" else _prefix(module, adapter)
-    # The attention processors' generation names only four projections; what it lacks is spelt the later way,
-    # which every reader of the former accepts in the same file.
-    suffixes = _SUFFIXES["lora-updown" if layout.variant in ("lora-updown", "attn-procs") else "peft-keys"]
-    if module.factors.keys() - suffixes.keys():
-        suffixes = _SUFFIXES["peft-keys"]
-    unknown = [ref.name or role for role, ref in module.factors.items() if role not in suffixes]
-    if module.kind != "lora" or unknown:
-        raise cannot_hold(layout, f"what {prefix}{body} has", unknown or [module.kind])
-    tensors = [ref.renamed(f"{prefix}{body}.{suffixes[role]}") for role, ref in module.factors.items()]
+    stem = _prefix(module, adapter, layout) + _NAMING.body(module, adapter, layout)
+    if module.kind == "lokr":
+        return _lokr(stem, module, adapter, layout)
+    _spell.refuse_kind(stem, module, ("lora",), layout)
+    tensors = _spell.factors(stem, module, _suffixes_of(module, layout), layout)
     if module.magnitude is not None:
         magnitude = _names.peft_magnitude(module.magnitude, module, layout)
-        tensors.append(magnitude.renamed(f"{prefix}{body}.lora_magnitude_vector"))
+        tensors.append(magnitude.renamed(f"{stem}.lora_magnitude_vector"))
     return tensors
 
 
+def _lokr(stem: str, module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef]:
+    """A LoKr, which two architectures' loaders take at a scale of 1, in files of nothing else."""
+    if adapter.arch not in _LOKR_ARCHS or adapter.kinds.keys() != {"lokr"}:
+        what = f"what {stem} has: LoKr factors, unless all modules are LoKr and of {' or '.join(_LOKR_ARCHS)}"
+        raise cannot_hold(layout, what, [ref.name or role for role, ref in module.factors.items()])
+    return _spell.factors(stem, module, _suffixes.LOKR, layout)
+
+
 def _finisher(adapter: Adapter, tensors: list[TensorRef], layout: Layout) -> Document:
-    metadata = {
-        key: value
-        for key, value in adapter.metadata.items()
-        if not key.startswith(("ss_", "sshs_", "modelspec."))
-    }
-    metadata.pop(_HEADER, None)
+    metadata = _carried.metadata(adapter, configs_apart=True)
     metadata.setdefault("format", "pt")
+    if "lokr" in adapter.kinds:
+        # The header's configuration is a LoraConfig.
+        return Document(tuple(tensors), metadata)
+    starts = _carried.configs(adapter)
     flat: dict[str, Any] = {}
-    for modules in adapter.components().values():
-        prefix = "" if layout.variant == "no-prefix" else _prefix(modules[0], adapter)
-        named = [(_in_any_transformers(_body(module, adapter, layout)), module) for module in modules]
-        whole = modules[0].target.component == "denoiser"
-        config = _peft_config.build(named, {}, keep_targets=False, anchored=whole)
+    for component, modules in adapter.components().items():
+        prefix = _prefix(modules[0], adapter, layout)
+        named = [(_in_any_transformers(_NAMING.body(module, adapter, layout)), module) for module in modules]
+        config = _peft_config.build(
+            named,
+            starts.get(component, {}),
+            keep_targets=False,
+            anchored=component == "denoiser",
+            keep_training=not _carried.is_merged(adapter),
+        )
         flat.update({prefix + key: value for key, value in config.items()})
     metadata[_HEADER] = json.dumps(flat, indent=2, sort_keys=True)
     return Document(tuple(tensors), metadata)
@@ -159,5 +190,7 @@ FORMAT = Format(
     scaler=_scaler,
     speller=_speller,
     finisher=_finisher,
-    roles=frozenset({*_SUFFIXES["peft-keys"], "magnitude"}),
+    roles=frozenset((*_suffixes.PEFT, *_suffixes.LOKR, "magnitude")) - {"lokr_t2"},
+    dialect=_NAMING.dialect,
+    alpha="config",
 )

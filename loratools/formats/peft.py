@@ -9,21 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from loratools.formats import _names, _peft_config
+from loratools.formats import _carried, _names, _peft_config, _spell, _suffixes
 from loratools.formats._base import Document, Facts, Format, Group, Scale, cannot_hold
 from loratools.formats._group import clean
+from loratools.formats._names import Naming
 from loratools.model import Adapter, Layout, Module
 from loratools.tensors import TensorRef
 
 _PREFIX = "base_model.model."
-_SUFFIXES = {
-    "up": "lora_B.weight",
-    "down": "lora_A.weight",
-    "up_bias": "lora_B.bias",
-    "lora_E": "lora_E",
-    "ranknum": "ranknum",
-}
-_EMBEDDING = {"up": "lora_embedding_B", "down": "lora_embedding_A"}
+_SUFFIXES = {**_suffixes.PEFT, "lora_E": "lora_E", "ranknum": "ranknum"}
+_NAMING = Naming("peft", "diffusers", ".")
 
 
 def _claims(facts: Facts) -> float:
@@ -50,19 +45,17 @@ def _scaler(group: Group, component: str, rank: int, facts: Facts) -> Scale:  # 
 
 def path_of(module: Module, adapter: Adapter, layout: Layout) -> str:
     """The module's dotted path in the base model as PEFT sees it."""
-    return _names.body(adapter.arch, module.target, "diffusers", ".", layout)
+    return _NAMING.body(module, adapter, layout)
 
 
 def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef]:
-    path = path_of(module, adapter, layout)
-    names = {**_SUFFIXES, **(_EMBEDDING if module.op == "embedding" else {})}
-    unknown = [ref.name or role for role, ref in module.factors.items() if role not in names]
-    if module.kind not in ("lora", "adalora") or unknown:
-        raise cannot_hold(layout, f"what {path} has", unknown or [module.kind])
-    tensors = [ref.renamed(f"{_PREFIX}{path}.{names[role]}") for role, ref in module.factors.items()]
+    stem = _PREFIX + path_of(module, adapter, layout)
+    _spell.refuse_kind(stem, module, ("lora", "adalora"), layout)
+    suffixes = {**_SUFFIXES, **_suffixes.PEFT_EMBEDDING} if module.op == "embedding" else _SUFFIXES
+    tensors = _spell.factors(stem, module, suffixes, layout)
     if module.magnitude is not None:
         magnitude = _names.peft_magnitude(module.magnitude, module, layout)
-        tensors.append(magnitude.renamed(f"{_PREFIX}{path}.lora_magnitude_vector"))
+        tensors.append(magnitude.renamed(f"{stem}.lora_magnitude_vector"))
     return tensors
 
 
@@ -73,21 +66,20 @@ def _finisher(adapter: Adapter, tensors: list[TensorRef], layout: Layout) -> Doc
         raise cannot_hold(layout, "more than one component", keys, "Write it as kohya or diffusers instead")
     named = [(path_of(module, adapter, layout), module) for module in adapter.modules.values()]
     start, keep = _start(adapter, {path for path, _ in named})
-    config = _peft_config.build(named, start, keep_targets=keep)
-    metadata = {key: value for key, value in adapter.metadata.items() if _belongs(key)}
+    config = _peft_config.build(
+        named, start, keep_targets=keep, keep_training=not _carried.is_merged(adapter)
+    )
+    metadata = _carried.metadata(adapter, configs_apart=True)
     metadata.setdefault("format", "pt")
     return Document(tuple(tensors), metadata, dict(sorted(config.items())))
 
 
 def _start(adapter: Adapter, paths: set[str]) -> tuple[Mapping[str, Any], bool]:
     # target_modules of the configuration holds only as long as no module has come or gone.
-    config = adapter.config if "peft_type" in adapter.config else {}
+    config = next(iter(_carried.configs(adapter).values()), {})
     before = {clean(key.rsplit(".lora_", 1)[0]) for key in adapter.order if ".lora_" in key}
-    return config, bool(config.get("target_modules")) and before == paths
-
-
-def _belongs(key: str) -> bool:
-    return not key.startswith(("ss_", "sshs_", "modelspec.")) and key != "lora_adapter_metadata"
+    own = adapter.layout.name == "peft"
+    return config, own and bool(config.get("target_modules")) and before == paths
 
 
 FORMAT = Format(
@@ -99,5 +91,7 @@ FORMAT = Format(
     speller=_speller,
     finisher=_finisher,
     folder=True,
-    roles=frozenset({*_SUFFIXES, "magnitude"}),
+    roles=frozenset((*_SUFFIXES, "magnitude")),
+    dialect=_NAMING.dialect,
+    alpha="config",
 )

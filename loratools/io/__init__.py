@@ -26,6 +26,7 @@ __all__ = [
     "open_tensors",
     "parse",
     "sniff",
+    "write_pickle_list",
     "write_safetensors",
 ]
 
@@ -33,6 +34,7 @@ __all__ = [
 _LATER = {
     "atomic_folder": "loratools.io.atomic",
     "atomic_output": "loratools.io.atomic",
+    "write_pickle_list": "loratools.io.pickle_writer",
     "write_safetensors": "loratools.io.writer",
 }
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING
 
-from loratools.errors import UnsupportedKindError
 from loratools.kinds import lora
 from loratools.kinds._base import Kind
 from loratools.model import Module
@@ -46,16 +45,19 @@ def _of_roles(roles: frozenset[str]) -> Kind | None:
     return next((kind for kind in _by_precedence() if kind.fits(roles)), None)
 
 
-def delta(module: Module) -> torch.Tensor:
-    """ΔW of a module, scale included, as a float32 tensor of the base weight's shape.
+def delta(module: Module, base: torch.Tensor | None = None, *, wide: bool = False) -> torch.Tensor:
+    """ΔW of a module, scale and magnitude included, of the base weight's shape (out, in[, kh, kw]).
+
+    Args:
+        module: Of any kind.
+        base: The rows of the base weight that the module changes, (out, in[, kh, kw]). It is needed for DoRA, and for
+            kinds that change the base instead of adding to it; where it is given, it tells the shape.
+        wide: Whether the result is float64 as computed, instead of float32.
 
     Raises:
-        UnsupportedKindError: The kind's ΔW cannot be computed from its factors alone.
+        UnsupportedKindError: It is not known how to compute it, or the base is needed and not there.
+        ShapeError: The base's shape is not the module's.
     """
-    if module.kind != "lora":
-        title = get(module.kind).title
-        raise UnsupportedKindError(
-            f"{module.target}: the ΔW of {title} modules cannot be computed yet",
-            expected="LoRA and LoCon modules were expected",
-        )
-    return lora.delta(module)
+    from loratools.kinds import _delta
+
+    return _delta.delta(module, get(module.kind), base, wide=wide)

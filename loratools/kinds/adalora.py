@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
-from loratools.kinds._base import Factors, Kind, Shape, first_axis
+from typing import TYPE_CHECKING
+
+from loratools.kinds._base import (
+    Factored,
+    Factors,
+    Kind,
+    Shape,
+    StandIn,
+    by_rows,
+    first_axis,
+    wide,
+    with_residual,
+)
+from loratools.model import Module
+
+if TYPE_CHECKING:
+    import torch
 
 
 def _shape(factors: Factors) -> Shape:
     return (factors["up"].shape[0], factors["down"].shape[1])
+
+
+def _factored(module: Module, base: torch.Tensor | None, rank: int | None) -> Factored:  # noqa: ARG001
+    factors = module.factors
+    return Factored(wide(factors["up"]), wide(factors["lora_E"]).reshape(-1, 1) * wide(factors["down"]))
+
+
+def _dense(module: Module, base: torch.Tensor | None) -> torch.Tensor:
+    up, down, _ = _factored(module, base, None)
+    return module.scale * (up @ down)
+
+
+def _apply(module: Module, x: torch.Tensor, base: StandIn) -> torch.Tensor:  # noqa: ARG001 - it adds to any base
+    up, down, _ = _factored(module, None, None)
+    return module.scale * (up @ (down @ x))
 
 
 KIND = Kind(
@@ -17,4 +48,8 @@ KIND = Kind(
     rank=first_axis("down"),
     shape=_shape,
     specific=2,
+    row_axes=lambda factors: by_rows(factors, up=0),
+    apply=with_residual(_apply),
+    dense=_dense,
+    factored=_factored,
 )

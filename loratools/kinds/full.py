@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
-from loratools.kinds._base import Factors, Kind, Shape
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from loratools.errors import UnsupportedKindError
+from loratools.kinds._base import Factors, Kind, Shape, StandIn, by_rows, wide, with_residual
+from loratools.model import Module
+
+if TYPE_CHECKING:
+    import torch
+
+_WEIGHTS = ("diff", "w_norm")
 
 
 def _shape(factors: Factors) -> Shape | None:
-    return next((factors[role].shape for role in ("diff", "w_norm") if role in factors), None)
+    return next((factors[role].shape for role in _WEIGHTS if role in factors), None)
+
+
+def _row_axes(factors: Factors) -> Mapping[str, int] | None:
+    return by_rows(factors, diff=0, diff_b=0, w_norm=0, b_norm=0)
+
+
+def _dense(module: Module, base: torch.Tensor | None) -> torch.Tensor:  # noqa: ARG001 - it adds to any base
+    ref = next((module.factors[role] for role in _WEIGHTS if role in module.factors), None)
+    if ref is None:
+        raise UnsupportedKindError(
+            f"{module.target} changes a bias alone and has no ΔW",
+            keys=[ref.name for ref in module.factors.values() if ref.name],
+            expected="A difference of the weight was expected",
+        )
+    return module.scale * wide(ref)
+
+
+def _apply(module: Module, x: torch.Tensor, base: StandIn) -> torch.Tensor:  # noqa: ARG001 - it adds to any base
+    change = _dense(module, None)
+    # A norm layer's weight multiplies its inputs one by one.
+    return change[:, None] * x if change.ndim == 1 else change.flatten(1) @ x
 
 
 KIND = Kind(
@@ -14,4 +45,7 @@ KIND = Kind(
     title="full difference",
     needs=(("diff",), ("diff_b",), ("w_norm",), ("b_norm",)),
     shape=_shape,
+    row_axes=_row_axes,
+    apply=with_residual(_apply),
+    dense=_dense,
 )

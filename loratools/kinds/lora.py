@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loratools.errors import IncompleteModuleError, ShapeError, UnsupportedKindError
-from loratools.kinds._base import Factors, Kind, Shape
+from loratools.kinds._base import Factored, Factors, Kind, Shape, StandIn, by_rows, with_residual
+from loratools.kinds._base import wide as widened
 from loratools.model import Module
 
 if TYPE_CHECKING:
@@ -38,6 +39,35 @@ def _shape(factors: Factors) -> Shape:
     return (up.shape[0], down.shape[1], *kernel)
 
 
+def _product(factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
+    """up (out, rank) and down (rank, in · kh · kw) in float64; ``mid`` is folded into down."""
+    import torch
+
+    up, down = widened(factors["up"]).flatten(1), widened(factors["down"])
+    if "mid" in factors:
+        down = torch.einsum("pq...,qi->pi...", widened(factors["mid"]), down.flatten(1))
+    return up, down.flatten(1)
+
+
+def _dense(module: Module, base: torch.Tensor | None) -> torch.Tensor:  # noqa: ARG001 - it adds to any base
+    up, down = _product(module.factors)
+    change = module.scale * (up @ down)
+    beside = module.factors.get("diff")
+    return change if beside is None else change + widened(beside).flatten(1)
+
+
+def _apply(module: Module, x: torch.Tensor, base: StandIn) -> torch.Tensor:  # noqa: ARG001 - it adds to any base
+    up, down = _product(module.factors)
+    outputs = module.scale * (up @ (down @ x))
+    beside = module.factors.get("diff")
+    return outputs if beside is None else outputs + widened(beside).flatten(1) @ x
+
+
+def _factored(module: Module, base: torch.Tensor | None, rank: int | None) -> Factored:  # noqa: ARG001
+    up, down = _product(module.factors)
+    return Factored(up, down)
+
+
 KIND = Kind(
     name="lora",
     title="LoRA",
@@ -46,8 +76,12 @@ KIND = Kind(
     rank=_rank,
     shape=_shape,
     low_rank=True,
-    row_axes=lambda factors: {role: 0 for role in ("up", "up_bias", "diff", "diff_b") if role in factors},
+    row_axes=lambda factors: by_rows(factors, up=0, up_bias=0, diff=0, diff_b=0),
     products=(("up", "down"),),
+    linear=("up",),
+    apply=with_residual(_apply),
+    dense=_dense,
+    factored=_factored,
 )
 
 
@@ -107,8 +141,6 @@ def matrices(module: Module, *, wide: bool = True) -> tuple[torch.Tensor, torch.
     Raises:
         UnsupportedKindError: The module has a magnitude (DoRA) or a full difference beside its factors.
     """
-    import torch
-
     beside = [ref.name for role, ref in module.factors.items() if role not in _OWN]
     if beside:
         raise UnsupportedKindError(f"{module.target} has more than low-rank factors", keys=beside)
@@ -119,18 +151,4 @@ def matrices(module: Module, *, wide: bool = True) -> tuple[torch.Tensor, torch.
     up, down = module.factors["up"].load(), module.factors["down"].load()
     if not wide and up.dtype == down.dtype and up.is_floating_point() and "mid" not in module.factors:
         return up.flatten(1), down.flatten(1)
-    up, down = up.to(torch.float64).flatten(1), down.to(torch.float64)
-    mid = module.factors.get("mid")
-    if mid is not None:
-        core = mid.load().to(torch.float64)
-        down = torch.einsum("pqyx,qi->piyx", core, down.flatten(1))
-    return up, down.flatten(1)
-
-
-def delta(module: Module) -> torch.Tensor:
-    """ΔW in float32, of the base weight's shape (out, in[, kh, kw])."""
-    import torch
-
-    up, down = matrices(module)
-    product = module.scale * (up @ down)
-    return product.reshape(module.shape or product.shape).to(torch.float32)
+    return _product(module.factors)

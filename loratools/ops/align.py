@@ -137,7 +137,7 @@ def _pieces(
     present = list(dict.fromkeys(module.target.rows for _, module in members))
     table = archs.get(arch)
     owner = next((row for row in table.components if row.name == component), None)
-    if owner is None:
+    if owner is None or owner.table is None:
         return present
     wanted = list(table.pieces(component, path, owner.kohya_dialect if dialect == "kohya" else dialect))
     return wanted or present

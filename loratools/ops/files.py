@@ -34,7 +34,8 @@ _WEIGHTS = (
     "pytorch_lora_weights.bin",
     "pytorch_adapter.bin",
 )
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".npz", ".gguf")
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+SUFFIXES = (".safetensors", *PICKLES, ".npz", ".gguf")
 
 PathLike = str | os.PathLike[str]
 
@@ -45,12 +46,13 @@ def weights_of(folder: str) -> str | None:
     return next((path for path in found if os.path.isfile(path)), None)
 
 
-def read(path: PathLike, *, arch: str | None = None) -> Adapter:
+def read(path: PathLike, *, arch: str | None = None, embedded: bool = False) -> Adapter:
     """Whatever a path holds, in the common model; its ``type`` says what it is.
 
     Args:
         path: A file, or a folder that is an adapter.
         arch: The architecture, overriding detection.
+        embedded: Whether to read the LoRA that an IP-Adapter may hold beside its projections, too.
 
     Raises:
         LoraError: It cannot be read.
@@ -68,18 +70,25 @@ def read(path: PathLike, *, arch: str | None = None) -> Adapter:
         sequence=listed and len(keys) > 1,
         arch=arch,
         path=file,
+        embedded=embedded,
     )
 
 
-def load(path: PathLike, *, arch: str | None = None) -> Adapter:
+def load(path: PathLike, *, arch: str | None = None, embedded: bool = False) -> Adapter:
     """An adapter, lazily: names, shapes and scales now, data on request.
+
+    Args:
+        path: A file, or a folder that is an adapter.
+        arch: The architecture, overriding detection.
+        embedded: Whether the LoRA in an IP-Adapter counts as one.
 
     Raises:
         NotAnAdapterError: The file is something else; the message says what.
         LoraError: It cannot be read.
     """
-    adapter = read(path, arch=arch)
-    refuse_other_types(adapter)
+    adapter = read(path, arch=arch, embedded=embedded)
+    if not adapter.modules or not embedded:
+        refuse_other_types(adapter)
     return adapter
 
 
@@ -137,7 +146,8 @@ def save(
         path: A file, or a folder where the layout wants one (PEFT).
         layout: Default: the one it came in.
         dtype: "float32", "float16", "bfloat16", "float64", or "keep".
-        drop: What may be left out: "extras", the tensors that belong to no module.
+        drop: What may be left out: "extras", the tensors that belong to no module; into another layout, whatever
+            it cannot hold (see ``convert``).
         overwrite: Whether an existing output may be replaced.
         progress: Called after each tensor with its size in bytes.
 
@@ -148,35 +158,89 @@ def save(
         LayoutError: The layout cannot hold everything; the message names the keys.
         WriteError: The output could not be written; nothing was left behind.
     """
-    prepared = prepare(adapter, layout=layout, dtype=dtype, drop=drop)
-    form = formats.get(prepared.layout.name) if layout is None else formats.get(layout)
-    document = formats.document(prepared, _layout(adapter, form), form)
+    form = formats.get(layout or adapter.layout.name)
+    if form.name != adapter.layout.name:
+        from loratools.ops import convert
+
+        convert.writable(form.name)
+        container = check_name(path, form.name)
+        document = convert.convert(adapter, form.name, dtype=dtype, drop=drop, container=container).document
+    else:
+        prepared = prepare(adapter, layout=layout, dtype=dtype, drop=drop)
+        document = formats.document(prepared, adapter.layout, form)
+        container = check_name(path, form.name)
+    return write(document, form, path, container=container, overwrite=overwrite, progress=progress)
+
+
+def write(
+    document: formats.Document,
+    form: formats.Format,
+    path: PathLike,
+    *,
+    container: str = "safetensors",
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+    check: Callable[[str], None] | None = None,
+) -> int:
+    """Write a document, whole or not at all.
+
+    Args:
+        document: From ``formats.document``.
+        form: Its layout.
+        path: A file, or a folder where the layout wants one.
+        container: "safetensors" or "pickle".
+        overwrite: Whether an existing output may be replaced.
+        progress: Called after each tensor with its size in bytes.
+        check: Called with the path of what was written, before it takes its name; an error keeps it from that.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        WriteError: The output could not be written; nothing was left behind.
+    """
     order: Literal["given", "canonical"] = "given" if document.ordered else "canonical"
-    target = os.fspath(path)
-    check_name(target, form.name)
+    if container == "pickle":
+        size: int = io.write_pickle_list(
+            path, document.tensors, overwrite=overwrite, progress=progress, check=check
+        )
+        return size
     if not form.folder:
         return io.write_safetensors(
-            target,
+            path,
             document.tensors,
             document.metadata,
             overwrite=overwrite,
             order=order,
+            computed=document.computed,
             progress=progress,
+            check=check,
         )
-    with io.atomic_folder(target, overwrite) as folder:
+    with io.atomic_folder(path, overwrite) as folder:
         written = io.write_safetensors(
-            folder / form.weights, document.tensors, document.metadata, order=order, progress=progress
+            folder / form.weights,
+            document.tensors,
+            document.metadata,
+            order=order,
+            computed=document.computed,
+            progress=progress,
         )
         text = _config_text(document.config)
         if text:
             (folder / CONFIG).write_text(text, "utf-8", newline="\n")
+        if check is not None:
+            check(os.fspath(folder))
     return written + len(text.encode())
 
 
 def size(adapter: Adapter) -> int:
     """Bytes that ``save`` would write in the adapter's own layout, header and configuration included."""
     form = formats.get(adapter.layout.name)
-    document = formats.document(adapter, adapter.layout, form)
+    return document_size(formats.document(adapter, adapter.layout, form), form)
+
+
+def document_size(document: formats.Document, form: formats.Format) -> int:
+    """Bytes that ``write`` would write, header and configuration included."""
     specs = [(ref.name, ref.dtype, ref.shape) for ref in document.tensors]
     header = io.build(specs if document.ordered else io.canonical_order(specs), document.metadata)
     config = len(_config_text(document.config).encode()) if form.folder else 0
@@ -202,7 +266,7 @@ def prepare(
     if dtype not in STORE_DTYPES:
         raise OptionError(f"there is no store dtype {dtype!r}", candidates=[*STORE_DTYPES, "keep"])
     wanted = STORE_DTYPES[dtype]
-    modules = {target: _cast_module(module, wanted) for target, module in adapter.modules.items()}
+    modules = {target: cast_module(module, wanted) for target, module in adapter.modules.items()}
     # Hashes and orders of the old bytes say nothing of the new ones.
     order = adapter.order if layout is None and adapter.layout.name != "kohya" else ()
     return replace(adapter, modules=modules, order=order)
@@ -214,7 +278,8 @@ def without_extras(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: announced.get(key, value) for key, value in config.items()}
 
 
-def _cast_module(module: Module, dtype: str) -> Module:
+def cast_module(module: Module, dtype: str) -> Module:
+    """The module with its factors and its magnitude in another store dtype."""
     factors = {role: cast(ref, dtype) for role, ref in module.factors.items()}
     magnitude = cast(module.magnitude, dtype) if module.magnitude is not None else None
     return module._replace(factors=factors, magnitude=magnitude)
@@ -245,10 +310,10 @@ def cast(ref: TensorRef, dtype: str) -> TensorRef:
     return TensorRef(ref.name, ref.shape, dtype, LazySource(load))
 
 
-def _layout(adapter: Adapter, form: formats.Format) -> Layout:
-    if form.name == adapter.layout.name:
-        return adapter.layout
-    return Layout(form.name, "peft-keys" if form.name == "diffusers" else "")
+def layout_of(form: formats.Format, container: str) -> Layout:
+    """A layout as it is written anew, in its usual generation."""
+    variant = form.pickled if container == "pickle" else "peft-keys" if form.name == "diffusers" else ""
+    return Layout(form.name, variant, container)
 
 
 def check_output(path: PathLike, *, overwrite: bool) -> None:
@@ -271,8 +336,8 @@ def check_output(path: PathLike, *, overwrite: bool) -> None:
         )
 
 
-def check_name(path: PathLike, layout: str) -> None:
-    """Refuse a name that does not go with a layout.
+def check_name(path: PathLike, layout: str) -> str:
+    """The container that an output's name means; a name that does not go with a layout is refused.
 
     Raises:
         OptionError: A file's name where the layout is a folder.
@@ -284,7 +349,12 @@ def check_name(path: PathLike, layout: str) -> None:
         raise OptionError(
             f"the {form.title} layout is a folder", path=target, todo="Give a folder's name, or another --to"
         )
+    if suffix in PICKLES and form.pickled:
+        return "pickle"
     if suffix in SUFFIXES and suffix != ".safetensors":
         raise LayoutError(
-            f"a {suffix} file is not written", path=target, todo="Give a name that ends in .safetensors"
+            f"a {suffix} file is not written in the {form.title} layout",
+            path=target,
+            todo="Give a name that ends in .safetensors",
         )
+    return "safetensors"

@@ -13,7 +13,7 @@ from loratools import archs
 from loratools.errors import MalformedFileError
 from loratools.kinds import lora
 from loratools.model import Adapter, Module
-from loratools.ops import _metadata, files
+from loratools.ops import _metadata, _split, files
 from loratools.ops.results import ComponentInfo, Info, ModuleInfo
 
 
@@ -122,7 +122,10 @@ def describe(adapter: Adapter, *, path: str = "", size: int = 0, norms: bool = T
         warnings=(
             *adapter.notes,
             *_metadata.contradictions(adapter.metadata, ranks),
+            *_metadata.alphas(adapter.metadata, modules),
+            *_metadata.patterns(adapter.config, _peft_names(adapter)),
             *_measured(modules, norms),
+            *(_split.notes(adapter) if norms else ()),
         ),
     )
 
@@ -133,6 +136,13 @@ def _dtypes(adapter: Adapter) -> Counter[str]:
     for module in adapter.modules.values():
         found += [ref.dtype for ref in (module.alpha_tensor, module.magnitude) if ref is not None]
     return Counter([*found, *(ref.dtype for ref in adapter.extras.values())])
+
+
+def _peft_names(adapter: Adapter) -> Iterator[str]:
+    """The modules' names as PEFT's patterns see them; none where no configuration has patterns."""
+    if "peft_type" in adapter.config:
+        stems = (key.partition(".lora_")[0] for key in adapter.order if ".lora_" in key)
+        yield from dict.fromkeys(stem.replace("base_model.model.", "") for stem in stems)
 
 
 def _measured(modules: Sequence[ModuleInfo], norms: bool) -> list[str]:

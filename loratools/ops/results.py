@@ -1,5 +1,6 @@
 """What operations return: plain values that a report shows and ``--json`` writes."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -166,3 +167,87 @@ class MergeReport(NamedTuple):
     notes: tuple[str, ...] = ()
     output: str = ""
     bytes: int = 0
+
+
+class LedgerEntry(NamedTuple):
+    """What became of one tensor of an input.
+
+    Attributes:
+        key: Its key in the input.
+        fate: "moved", "split", "fused", "folded", "converted", "metadata" or "dropped".
+        into: The output's keys that it went into.
+        detail: What else there is to say: what --drop calls it, the scale that was folded.
+    """
+
+    key: str
+    fate: str
+    into: tuple[str, ...] = ()
+    detail: str = ""
+
+
+class Conversion(NamedTuple):
+    """A module that was turned into another kind.
+
+    Attributes:
+        target: The base weight.
+        kind: What it was.
+        rank: Of the LoRA, a count.
+        error: Relative Frobenius error of ΔW.
+        exact: Whether the error is rounding alone.
+    """
+
+    target: str
+    kind: str
+    rank: int
+    error: float
+    exact: bool
+
+
+class ConvertReport(NamedTuple):
+    """What a conversion did.
+
+    Attributes:
+        input: Path of the input.
+        output: Where it was written.
+        bytes: Size of what was (or would be) written.
+        arch: The architecture's name.
+        source: The layout it came in.
+        layout: The layout it is in.
+        modules: How many the input has, and how many the output.
+        kinds: How many modules of the output there are of each kind.
+        ranks: How many modules of the output have each rank.
+        dtypes: How many tensors of the output have each store dtype.
+        ledger: Every tensor of the input.
+        conversions: Modules that were turned into another kind.
+        weights: How many base weights were compared by probes; None where it was not asked for.
+        error: The largest relative error that the probes found.
+        worst: The weight that has it.
+        notes: What the caller should know.
+    """
+
+    input: str
+    output: str
+    bytes: int
+    arch: str
+    source: str
+    layout: str
+    modules: tuple[int, int]
+    kinds: Mapping[str, int]
+    ranks: Mapping[int, int]
+    dtypes: Mapping[str, int]
+    ledger: tuple[LedgerEntry, ...]
+    conversions: tuple[Conversion, ...] = ()
+    weights: int | None = None
+    error: float | None = None
+    worst: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fates(self) -> dict[str, int]:
+        """How many of the input's tensors met each fate."""
+        return dict(Counter(entry.fate for entry in self.ledger))
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """The input's keys that were left out."""
+        return tuple(entry.key for entry in self.ledger if entry.fate == "dropped")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loratools.ops.results import ComponentInfo, Info, MergedModule, MergeReport, ModuleInfo
+from loratools.ops.results import ComponentInfo, ConvertReport, Info, MergedModule, MergeReport, ModuleInfo
 
 
 def dumps(value: Any) -> str:
@@ -81,6 +81,41 @@ def merge_json(report: MergeReport, *, dry_run: bool = False) -> dict[str, Any]:
             "energy": report.energy,
             "dtypes": report.dtypes,
             "carried": report.carried,
+            "dropped": report.dropped,
+            "notes": report.notes,
+        }
+    )
+    return found
+
+
+def convert_json(report: ConvertReport, *, dry_run: bool = False) -> dict[str, Any]:
+    """The document of ``convert --json``.
+
+    ``ledger`` has an entry for every tensor of the input: its key, its fate, and the output's keys that it went into.
+
+    Args:
+        report: What the conversion did.
+        dry_run: Whether nothing was written; ``bytes`` is then what would have been.
+    """
+    found: dict[str, Any] = strict(
+        {
+            "input": report.input,
+            "output": report.output,
+            "bytes": report.bytes,
+            "dry_run": dry_run,
+            "arch": report.arch,
+            "from": report.source,
+            "layout": report.layout,
+            "modules": {"input": report.modules[0], "output": report.modules[1]},
+            "kinds": report.kinds,
+            "ranks": report.ranks,
+            "dtypes": report.dtypes,
+            "fates": report.fates,
+            "ledger": [entry._asdict() for entry in report.ledger],
+            "conversions": [each._asdict() for each in report.conversions],
+            "verified": None
+            if report.weights is None
+            else {"weights": report.weights, "error": report.error, "worst": report.worst},
             "dropped": report.dropped,
             "notes": report.notes,
         }

@@ -95,15 +95,26 @@ def test_the_base_version_is_made_true(arch: str, stated: str | None, expected: 
     assert found["ss_base_model_version"] == expected
 
 
-def test_what_only_kohya_says_does_not_go_into_other_layouts(tmp_path: Path) -> None:
-    made = make.kohya(
-        tmp_path / "a.safetensors",
-        "sdxl",
-        metadata={"ss_seed": "7", "sshs_model_hash": "0" * 64, "modelspec.title": "x", "licence": "mine"},
-    )
-    metadata, _ = written(lt.load(made.path), tmp_path / "b.safetensors", layout="diffusers")
-    assert not [key for key in metadata if key.startswith(("ss_", "sshs_", "modelspec."))]
-    assert metadata["licence"] == "mine"
+@pytest.mark.parametrize("layout", ["diffusers", "comfy", "ai-toolkit"])
+def test_what_kohya_says_of_the_training_goes_into_other_layouts_and_its_hashes_do_not(
+    layout: str, tmp_path: Path
+) -> None:
+    said = {
+        "ss_seed": "7",
+        "ss_tag_frequency": '{"1_x": {"cat": 3}}',
+        "modelspec.title": "x",
+        "modelspec.trigger_phrase": "xx",
+        "licence": "mine",
+    }
+    stale = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8, "modelspec.hash_sha256": "0x0"}
+    made = make.kohya(tmp_path / "a.safetensors", "sd15", alpha=None, metadata={**said, **stale})
+    metadata, _ = written(lt.load(made.path), tmp_path / "b.safetensors", layout=layout)
+    assert {key: metadata[key] for key in said} == said
+    assert not metadata.keys() & stale.keys()
+    assert "ss_network_dim" not in metadata
+    back, payload = written(lt.load(tmp_path / "b.safetensors"), tmp_path / "c.safetensors", layout="kohya")
+    assert {key: back[key] for key in said} == said
+    assert back["sshs_model_hash"] == hashlib.sha256(payload).hexdigest()
 
 
 def test_a_kohya_file_from_diffusers_has_alpha_in_every_module(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import signal
 import stat
@@ -16,6 +17,7 @@ import torch
 
 from loratools.errors import LayoutError, OutputExistsError, ShapeError, WriteError
 from loratools.io import atomic_folder, atomic_output, open_tensors, write_safetensors
+from loratools.io.writer import Digest
 from loratools.tensors import BytesSource, LazySource, TensorRef, from_torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -314,3 +316,57 @@ def test_a_folder_that_fails_leaves_the_old_one(tmp_path):
         atomic_folder(tmp_path / "no" / "x", overwrite=True),
     ):
         pytest.fail("a missing parent must be refused")
+
+
+def payload(path):
+    data = path.read_bytes()
+    return data[8 + int.from_bytes(data[:8], "little") :]
+
+
+def test_digests_of_the_data_are_in_the_header_and_the_data_is_read_once(tmp_path):
+    read = []
+
+    class Counted:
+        def __init__(self, name, data):
+            self.name, self.data = name, data
+
+        def raw(self):
+            read.append(self.name)
+            return memoryview(self.data)
+
+    tensors = [TensorRef(n, (40,), "U8", Counted(n, bytes(range(k, k + 40)))) for k, n in enumerate("abc")]
+    parts = {
+        "all": Digest(),
+        "few": Digest(8),
+        "middle": Digest(64, b"", 30, 90),
+        "one": Digest(64, b"", 41, 42),
+        "past": Digest(64, b"", 110, 500),
+        "beyond": Digest(8, b"", 500, 600),
+        "after": Digest(64, b"head", 0, 0),
+        "tail": Digest(64, b"head", 119),
+    }
+    write_safetensors(tmp_path / "x", tensors, {"first": "1", "few": "?", "last": "2"}, computed=parts)
+    assert read == ["a", "b", "c"]
+    data = payload(tmp_path / "x")
+    with open_tensors(tmp_path / "x") as file:
+        found = dict(file.metadata)
+        assert {name: tensor.load().tolist() for name, tensor in file.tensors.items()} == {
+            n: list(range(k, k + 40)) for k, n in enumerate("abc")
+        }
+    assert list(found)[:3] == ["first", "few", "last"]
+    for key, part in parts.items():
+        expected = hashlib.sha256(part.before + data[part.start : part.stop]).hexdigest()[: part.digits]
+        assert found[key] == expected, key
+
+
+def test_digests_do_not_change_the_size(tmp_path):
+    size = write_safetensors(tmp_path / "x", [ref("a")], {"d": Digest().blank}, computed={"d": Digest()})
+    assert size == (tmp_path / "x").stat().st_size
+    assert size == write_safetensors(tmp_path / "y", [ref("a")], {"d": Digest().blank})
+
+
+def test_a_digest_of_wide_and_computed_tensors(tmp_path):
+    tensors = [from_torch("a", torch.arange(6.0).reshape(2, 3)).flipped(), ref("b"), ref("c", ())]
+    write_safetensors(tmp_path / "x", tensors, {}, computed={"d": Digest()})
+    with open_tensors(tmp_path / "x") as file:
+        assert file.metadata["d"] == hashlib.sha256(payload(tmp_path / "x")).hexdigest()

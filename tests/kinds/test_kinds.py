@@ -33,7 +33,7 @@ def refs(tensors: dict[str, torch.Tensor]) -> dict[str, TensorRef]:
         ("lokr", "lokr", 3, (12, 8)),
         ("lokr_full", "lokr", None, (12, 8)),
         ("oft", "oft", None, None),
-        ("glora", "glora", 3, None),
+        ("glora", "glora", 3, (12, 8)),
         ("ia3", "ia3", None, None),
         ("full", "full", None, (12, 8)),
     ],
@@ -126,7 +126,9 @@ def test_delta_of_a_tucker_form() -> None:
     np.testing.assert_allclose(module.delta().numpy(), 2.0 * product, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "title"), [("loha", "LoHa"), ("oft", "OFT"), ("ia3", r"\(IA\)³")])
+@pytest.mark.parametrize(
+    ("kind", "title"), [("vera", "VeRA"), ("hra", "HRA"), ("experts", "LoRA on fused experts")]
+)
 def test_a_delta_that_cannot_be_computed_is_refused_by_name(kind: str, title: str) -> None:
     with pytest.raises(UnsupportedKindError, match=title):
         Module(Target("model", "w"), kind, {}).delta()

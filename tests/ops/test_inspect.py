@@ -212,3 +212,138 @@ def test_nan_factors_are_reported_as_such_and_not_hidden(tmp_path: Path) -> None
     bad = [module for module in found.modules if module.norm is not None and math.isnan(module.norm)]
     assert len(bad) == 1
     assert any("NaN" in warning for warning in found.warnings)
+
+
+def warned(found: lt.Info, word: str) -> list[str]:
+    return [warning for warning in found.warnings if word in warning]
+
+
+@pytest.mark.parametrize(
+    ("dim", "alpha", "times"),
+    [
+        ("8", "2.0", "2"),
+        ("2", "2", "0.5"),
+        ("4", "2", None),
+        ("8", "1", None),
+        ("None", "2", None),
+        ("8", "nan", None),
+    ],
+)
+def test_an_alpha_that_was_left_as_it_was_when_the_rank_changed_is_told_with_both_scales(
+    dim: str, alpha: str, times: str | None, tmp_path: Path
+) -> None:
+    """The modules have rank 4 and alpha 2."""
+    metadata = {"ss_network_dim": dim, "ss_network_alpha": alpha}
+    made = make.kohya(tmp_path / "a.safetensors", "sdxl", metadata=metadata)
+    said = warned(lt.info(made.path, norms=False), "the strength is")
+    assert len(said) == (times is not None)
+    if times is not None:
+        trained = float(alpha) / float(dim)
+        assert (
+            f"a scale of 0.5; they were trained with rank {dim} and alpha 2, a scale of {trained:g}"
+            in said[0]
+        )
+        assert f"the strength is {times} times what was trained" in said[0]
+
+
+def test_a_stale_alpha_of_float16_is_still_the_one_that_was_stated(tmp_path: Path) -> None:
+    metadata = {"ss_network_dim": "8", "ss_network_alpha": "0.1"}
+    made = make.kohya(tmp_path / "a.safetensors", "sdxl", alpha=0.1, dtype=torch.float16, metadata=metadata)
+    assert lt.info(made.path, norms=False).modules[0].alpha != 0.1
+    assert warned(lt.info(made.path, norms=False), "the strength is 2 times")
+
+
+def test_ranks_that_the_training_chose_are_no_change_of_rank(tmp_path: Path) -> None:
+    """Kernels have conv_dim, blocks block_dims, and the same alpha."""
+    metadata = {"ss_network_dim": "8", "ss_network_alpha": "2", "ss_network_args": '{"conv_dim": "4"}'}
+    made = make.kohya(tmp_path / "a.safetensors", "sdxl", rank=8, ranks={"in_layers": 4}, metadata=metadata)
+    assert {module.rank for module in lt.info(made.path, norms=False).modules} == {4, 8}
+    assert not warned(lt.info(made.path, norms=False), "the strength is")
+    metadata["ss_network_args"] = '{"block_dims": "4,8,8"}'
+    made = make.kohya(tmp_path / "b.safetensors", "sdxl", rank=8, ranks={"attn": 4}, metadata=metadata)
+    assert not warned(lt.info(made.path, norms=False), "the strength is")
+
+
+@pytest.mark.parametrize(
+    ("alpha", "words"),
+    [
+        (0.0, "alpha of 0"),
+        (-1.0, "alpha below 0"),
+        (math.inf, "infinite"),
+        (math.nan, "not a number"),
+        (2.0, None),
+    ],
+)
+def test_alphas_that_make_no_sense_are_mentioned_once(
+    alpha: float, words: str | None, tmp_path: Path
+) -> None:
+    made = make.kohya(tmp_path / "a.safetensors", "sdxl", alphas={"attn1": alpha})
+    said = warned(lt.info(made.path, norms=False), "state an alpha")
+    assert len(said) == (words is not None)
+    if words is not None:
+        assert words in said[0]
+        assert "1 of 9 modules" in said[0]
+        assert "attn1" in said[0]
+
+
+def split_qkv(path: Path, alpha: float, *, full: bool = False) -> Path:
+    """A fused qkv whose parts of rank 2 lie side by side, as sd-scripts' ``split_qkv`` saves them."""
+    up = torch.ones(24, 6) if full else torch.block_diag(*(torch.ones(8, 2) for _ in range(3)))
+    stem = "lora_unet_double_blocks_0_img_attn_qkv"
+    factors = {"lora_up": up, "lora_down": torch.ones(6, 8)}
+    tensors = {f"{stem}.{role}.weight": tensor for role, tensor in factors.items()}
+    tensors |= {f"{stem}.alpha": torch.tensor(alpha)}
+    make.write_safetensors(path, tensors, {"ss_base_model_version": "flux1"})
+    return path
+
+
+def test_parts_that_were_trained_apart_under_one_part_s_alpha_are_noted(tmp_path: Path) -> None:
+    file = split_qkv(tmp_path / "a.safetensors", 2.0)
+    found = lt.info(file)
+    assert found.arch == "flux"
+    said = warned(found, "side by side")
+    assert len(said) == 1
+    assert "parts of rank 2" in said[0]
+    assert "1/3 of what was trained" in said[0]
+    assert not warned(lt.info(file, norms=False), "side by side")
+
+
+@pytest.mark.parametrize(("alpha", "full"), [(6.0, False), (3.0, False), (2.0, True)])
+def test_other_fused_modules_leave_nothing_open(alpha: float, full: bool, tmp_path: Path) -> None:
+    found = lt.info(split_qkv(tmp_path / "a.safetensors", alpha, full=full))
+    assert found.arch == "flux"
+    assert not warned(found, "side by side")
+
+
+@pytest.mark.parametrize(
+    ("patterns", "count"),
+    [
+        ({"q_proj": 4, "layers.0.self_attn.q_proj": 16}, 1),
+        ({"q_proj": 4, ".*attn.q_proj": 16}, 2),
+        ({r"^model\.layers\.1\.self_attn\.q_proj": 4, r".*\.1\..*": 16}, 1),
+        ({"q_proj": 4, ".*q_proj": 4, "v_proj": 16}, 0),
+        ({"q_proj": 4, "(": 16, "attn.q": 16}, 0),
+        ({r"^layers\.0\.self_attn\.q_proj": 4, "q_proj": 16}, 0),
+    ],
+)
+def test_patterns_that_disagree_on_a_module_are_told(
+    patterns: dict[str, int], count: int, tmp_path: Path
+) -> None:
+    made = make.peft(tmp_path / "a", config={"alpha_pattern": patterns})
+    said = warned(lt.info(made.path, norms=False), "is ambiguous")
+    assert len(said) == bool(count)
+    if count:
+        assert f"alpha_pattern is ambiguous for {count} of {len(make.LLAMA)} modules" in said[0]
+        assert "says 4" in said[0]
+        assert "says 16" in said[0]
+
+
+def test_an_ambiguous_pattern_does_change_the_scale_with_its_order(tmp_path: Path) -> None:
+    """What the note warns of: the same patterns in another order."""
+    rules = {"q_proj": 4, "layers.0.self_attn.q_proj": 16}
+    scales = []
+    for name, items in (("a", rules), ("b", dict(reversed(rules.items())))):
+        made = make.peft(tmp_path / name, config={"alpha_pattern": items})
+        assert warned(lt.info(made.path, norms=False), "is ambiguous")
+        scales.append([module.scale for module in lt.info(made.path, norms=False).modules])
+    assert scales[0] != scales[1]

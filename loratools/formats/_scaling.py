@@ -1,0 +1,88 @@
+"""What multiplies a module's product, from the statements that go before what its layout says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from loratools.errors import NonFiniteError
+from loratools.formats._base import Facts, Format, Group, Scale
+from loratools.kinds import Kind
+from loratools.model import Adapter, Module
+from loratools.tensors import TensorRef
+
+
+def scale_of(
+    found: Group, roles: Mapping[str, TensorRef], component: str, kind: Kind, facts: Facts, form: Format
+) -> Scale:
+    """The scale of a module: its own alpha where it states one, else what the layout says.
+
+    Args:
+        found: The module's tensors as spelt.
+        roles: Its tensors by role, in their logical orientation.
+        component: The component that it belongs to.
+        kind: Its kind.
+        facts: The file.
+        form: The file's layout.
+    """
+    if kind.name == "lokr" and {"lokr_w1", "lokr_w2"} <= roles.keys():
+        if "alpha" not in roles and str(facts.config.get("peft_type")).upper() == "LOKR":
+            # PEFT scales it whatever its factors; LyCORIS only what it has decomposed.
+            return form.scaler(found, component, 0, facts)
+        return Scale(1.0, roles["alpha"].scalar() if "alpha" in roles else None)
+    rank = kind.rank(roles)
+    if not rank:
+        return Scale(1.0)
+    if kind.name == "adalora":
+        return _pruned(roles, facts.config, rank)
+    # LyCORIS' trained factor; it is usually folded into the weights when they are saved.
+    further = roles["scalar"].scalar() if "scalar" in roles else 1.0
+    if "alpha" in roles:
+        alpha = roles["alpha"].scalar()
+        return Scale(further * alpha / rank, alpha)
+    scale = form.scaler(found, component, rank, facts)
+    return scale._replace(value=further * scale.value)
+
+
+def _pruned(roles: Mapping[str, TensorRef], config: Mapping[str, Any], rank: int) -> Scale:
+    """AdaLoRA's scale: alpha over the rank that pruning left, as PEFT's SVDLinear has it."""
+    alpha = config.get("lora_alpha")
+    if not isinstance(alpha, int | float):
+        return Scale(1.0, None, "the configuration states no lora_alpha; a scale of 1 is assumed")
+    left = roles["ranknum"].scalar() if "ranknum" in roles else rank
+    return Scale(alpha / (left + 1e-5), float(alpha))
+
+
+def summary(notes: Iterable[str]) -> list[str]:
+    """One note for each thing said of the scales, however many modules it was said of."""
+    unique = list(dict.fromkeys(notes))
+    if len(unique) > 3:
+        return [*unique[:2], f"{len(unique) - 2} more modules like that"]
+    return unique
+
+
+def nonfinite(modules: Iterable[Module]) -> list[str]:
+    """The keys that state a scale of NaN or infinity; the target where no key of its own does."""
+    return [
+        module.alpha_tensor.name if module.alpha_tensor is not None else str(module.target)
+        for module in modules
+        if not math.isfinite(module.scale)
+    ]
+
+
+def refuse_nonfinite(adapter: Adapter) -> None:
+    """Refuse an adapter whose modules have no finite scale: reading it says so in a note and goes on.
+
+    Raises:
+        NonFiniteError: An alpha is NaN or infinite; all such keys are named.
+    """
+    keys = nonfinite(adapter.modules.values())
+    if keys:
+        raise NonFiniteError(
+            f"{len(keys)} of {len(adapter.modules)} modules have a scale that is NaN or infinite",
+            path=adapter.path or None,
+            keys=keys,
+            expected="Every alpha must be a finite number",
+            todo="The file is damaged; get it again from where it was made",
+        )

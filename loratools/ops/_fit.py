@@ -1,0 +1,209 @@
+"""What a layout can hold of a module: roles it has names for, a place for the scale, a name for the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from loratools import archs, kinds
+from loratools.errors import LayoutError, LoraError, OptionError
+from loratools.formats import Format
+from loratools.model import Adapter, Layout, Module
+from loratools.ops import _scale
+from loratools.ops._regroup import Step
+from loratools.tensors import TensorRef
+
+# What --drop calls the roles that can be left out while the module stays.
+_PARTS = {
+    "magnitude": "magnitude",
+    "magnitude_in": "magnitude",
+    "up_bias": "bias",
+    "diff_b": "bias",
+    "b_norm": "norm",
+    "w_norm": "norm",
+}
+# Kinds that --as lora knows.
+_BECOME_LORA = frozenset({"lora", "loha", "lokr", "oft", "glora", "ia3", "full", "magnitude"})
+_SPARSE = ("bias_indices", "bias_values", "bias_size")
+
+
+class Misfit(NamedTuple):
+    """Something that a layout has no place for.
+
+    Attributes:
+        tag: What --drop calls it.
+        keys: The tensors' keys in the input.
+        reason: Why, as a clause.
+    """
+
+    tag: str
+    keys: tuple[str, ...]
+    reason: str
+
+
+class Fitted(NamedTuple):
+    """A step as the layout will write it.
+
+    Attributes:
+        step: As it was planned.
+        module: What the layout holds of it; None where nothing of it is left.
+        rounded: Whether values may have been rounded.
+        spelt: Its tensors under the layout's keys.
+        misfits: What was left out of it.
+    """
+
+    step: Step
+    module: Module | None = None
+    rounded: bool = False
+    spelt: tuple[TensorRef, ...] = ()
+    misfits: tuple[Misfit, ...] = ()
+
+
+def fit(step: Step, adapter: Adapter, layout: Layout, form: Format, *, fold: bool, dtype: str) -> Fitted:
+    """A step as a layout can hold it, and what it cannot.
+
+    Args:
+        step: One module of the result.
+        adapter: That it is of.
+        layout: The target.
+        form: Its description.
+        fold: Whether to fold the scale into the factors though the layout has a place for it.
+        dtype: The store dtype ("F16", …), or empty for each tensor's own.
+    """
+    if step.problem is not None:
+        return _nothing(step, step.module.kind, step.problem.problem)
+    module, misfits = _with_known_roles(step, form)
+    if module is None:
+        return Fitted(step, misfits=misfits)
+    rounded = step.rounded
+    if module.scale != 1.0 and (fold or not form.states_scale(module)):
+        try:
+            module, changed = _scale.folded(module, dtype)
+        except LoraError as error:
+            return _nothing(step, module.kind, error.problem)
+        rounded = rounded or changed
+    try:
+        spelt = form.speller(module, adapter, layout) if form.speller is not None else []
+    except LoraError as error:
+        return _nothing(step, _tag(module, adapter, form), error.problem)
+    return Fitted(step, module, rounded, tuple(spelt), misfits)
+
+
+def _nothing(step: Step, tag: str, reason: str) -> Fitted:
+    keys = tuple(ref.name for source in step.sources for _, ref in source.tensors() if ref.name)
+    return Fitted(step, misfits=(Misfit(tag, keys or (str(step.module.target),), reason),))
+
+
+def _with_known_roles(step: Step, form: Format) -> tuple[Module | None, tuple[Misfit, ...]]:
+    """The module without the roles that the layout has no names for; None where nothing of its kind is left."""
+    module = _bias_as_spelt(step.module, form)
+    lacking = form.lacking(module)
+    if not lacking:
+        return module, ()
+    whole = [role for role in lacking if role not in _PARTS]
+    left = {role: ref for role, ref in module.factors.items() if role not in lacking}
+    kind = kinds.get(module.kind)
+    if whole or not any(left.keys() >= set(need) for need in kind.needs):
+        tag = "sparse" if set(whole) <= set(_SPARSE) and whole else _PARTS.get(lacking[0], module.kind)
+        tag = module.kind if whole and tag != "sparse" else tag
+        return None, _nothing(
+            step, tag, f"it has no names for the {', '.join(lacking)} of {kind.title} modules"
+        ).misfits
+    misfits = tuple(_part(step, role) for role in lacking)
+    magnitude = None if {"magnitude", "magnitude_in"} & set(lacking) else module.magnitude
+    axis = module.magnitude_axis if magnitude is not None else None
+    return module._replace(factors=left, magnitude=magnitude, magnitude_axis=axis), misfits
+
+
+def _part(step: Step, role: str) -> Misfit:
+    plain = "magnitude" if role == "magnitude_in" else role
+    names = {"up_bias", "diff_b"} if plain in ("up_bias", "diff_b") else {plain}
+    keys = tuple(ref.name for source in step.sources for each, ref in source.tensors() if each in names)
+    said = "a magnitude per input" if role == "magnitude_in" else f"a {_PARTS[role]}"
+    return Misfit(_PARTS[role], keys, f"it has no place for {said}")
+
+
+def _bias_as_spelt(module: Module, form: Format) -> Module:
+    """A bias beside the factors in the way that the layout has: multiplied by the scale (PEFT), or not (Kohya)."""
+    factors = dict(module.factors)
+    if "diff_b" in factors and "diff_b" not in form.roles and "up_bias" in form.roles and module.scale:
+        if "up" in factors and "up_bias" not in factors:
+            factors["up_bias"] = _rescaled(factors.pop("diff_b"), 1.0 / module.scale)
+    elif (
+        "up_bias" in factors
+        and "up_bias" not in form.roles
+        and "diff_b" in form.roles
+        and "diff_b" not in factors
+    ):
+        factors["diff_b"] = _rescaled(factors.pop("up_bias"), module.scale)
+    return module._replace(factors=factors)
+
+
+def _rescaled(ref: TensorRef, factor: float) -> TensorRef:
+    return ref if factor == 1.0 else _scale.times(ref, factor)
+
+
+def _tag(module: Module, adapter: Adapter, form: Format) -> str:
+    """What --drop calls a module that the layout cannot name: its component, where that has no place at all."""
+    table = archs.get(adapter.arch)
+    owner = next((each for each in table.components if each.name == module.target.component), None)
+    if owner is not None and owner.table is not None and owner.prefix(form.name) is None:
+        return module.target.component
+    return "unnamed"
+
+
+def settle(misfits: Iterable[Misfit], drop: Iterable[str], layout: Layout, path: str) -> tuple[Misfit, ...]:
+    """The misfits, all of which the caller allows to be dropped.
+
+    Raises:
+        LayoutError: Some are not; the message names their keys, and what would drop them.
+        OptionError: Something is to be dropped that never is.
+    """
+    allowed = set(drop)
+    unknown = allowed - _known_tags() if allowed else allowed
+    if unknown:
+        raise OptionError(
+            f"nothing called {sorted(unknown)[0]!r} can be dropped",
+            candidates=near(sorted(unknown)[0]),
+            expected=f"Known: {', '.join(sorted(_known_tags()))}",
+        )
+    found = list(misfits)
+    refused = [misfit for misfit in found if misfit.tag not in allowed]
+    if refused:
+        reasons = list(dict.fromkeys(misfit.reason for misfit in refused))
+        tags = list(dict.fromkeys(misfit.tag for misfit in refused))
+        keys = [key for misfit in refused for key in misfit.keys]
+        shown = "; ".join(reasons[:3]) + (
+            f"; and {len(reasons) - 3} other reasons" if len(reasons) > 3 else ""
+        )
+        raise LayoutError(
+            f"the {layout.name} layout cannot hold {len(keys)} of the input's tensors: {shown}",
+            path=path or None,
+            keys=keys,
+            todo=f"Choose another layout, or leave them out with {' '.join(f'--drop {tag}' for tag in tags)}"
+            + (", or turn them into LoRA with --as lora" if _BECOME_LORA & set(tags) else ""),
+        )
+    return tuple(found)
+
+
+def near(tag: str) -> Sequence[str]:
+    """What may have been meant by a tag."""
+    import difflib
+
+    return difflib.get_close_matches(tag, sorted(_known_tags()))
+
+
+def _known_tags() -> set[str]:
+    from loratools.registry import scan
+
+    components = {each.name for arch in archs.all_archs().values() for each in arch.components}
+    return {"extras", "unnamed", "sparse", *_PARTS.values(), *scan("loratools.kinds", "KIND"), *components}
+
+
+def without(adapter: Adapter, extras: Mapping[str, TensorRef]) -> Adapter:
+    """The adapter with these tensors of no module alone."""
+    from loratools.ops import files
+
+    config = adapter.config if extras or not adapter.extras else files.without_extras(adapter.config)
+    return replace(adapter, extras=extras, config=config)

@@ -1,0 +1,106 @@
+"""Every tensor of an input accounted for: where it went, or why it did not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from loratools.errors import LayoutError
+from loratools.model import Adapter, Module
+from loratools.ops._fit import Fitted, Misfit
+from loratools.ops.results import LedgerEntry
+from loratools.tensors import TensorRef
+
+# Which of the output's tensors an input's goes into, where the roles differ.
+_BECOMES = {"diff_b": ("diff_b", "up_bias"), "up_bias": ("up_bias", "diff_b")}
+
+
+class Ledger:
+    """Entries by the input's keys, in the order in which they are made."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, LedgerEntry] = {}
+
+    def dropped(self, misfits: Iterable[Misfit]) -> None:
+        """What the caller allowed to be left out."""
+        for misfit in misfits:
+            for key in misfit.keys:
+                self._add(key, "dropped", (), misfit.tag)
+
+    def zero(self, modules: Iterable[Module]) -> None:
+        """Modules of which nothing is left."""
+        for module in modules:
+            for _, ref in module.tensors():
+                self._add(ref.name, "dropped", (), "zero")
+
+    def fitted(self, found: Fitted, origins: Mapping[str, Module]) -> None:
+        """One module of the result.
+
+        Args:
+            found: What is written of it.
+            origins: The modules as they were read, by target, where they were turned into another kind first.
+        """
+        module, fate = found.module, found.step.fate
+        if module is None:
+            return
+        into = {role: _keys_of(ref, found.spelt) for role, ref in module.factors.items()}
+        if module.magnitude is not None:
+            into["magnitude"] = _keys_of(module.magnitude, found.spelt)
+        every = tuple(ref.name for ref in found.spelt)
+        for source in found.step.sources:
+            origin = origins.get(str(source.target))
+            for role, ref in (origin or source).tensors():
+                if origin is not None:
+                    self._add(ref.name, "converted", every, f"{origin.kind} to {module.kind}")
+                elif role == "alpha":
+                    self._alpha(ref, source, module, found)
+                elif role == "scalar":
+                    self._add(ref.name, "folded", (), "in the scale")
+                else:
+                    keys = next((into[each] for each in _BECOMES.get(role, (role,)) if each in into), ())
+                    folded = module.scale != source.scale and keys and fate == "moved" and found.rounded
+                    self._add(ref.name, "folded" if folded else fate, keys, "")
+
+    def _alpha(self, ref: TensorRef, source: Module, module: Module, found: Fitted) -> None:
+        stated = tuple(each.name for each in found.spelt if each.name.endswith("alpha"))
+        if stated:
+            self._add(ref.name, found.step.fate, stated, "")
+        elif module.scale != source.scale or source.scale == 1.0:
+            self._add(ref.name, "folded", (), f"scale {source.scale:g} in the factors")
+        else:
+            self._add(ref.name, "metadata", (), "")
+
+    def extras(self, before: Mapping[str, TensorRef], written: Iterable[TensorRef]) -> None:
+        """Tensors of no module."""
+        out = list(written)
+        for key, ref in before.items():
+            if key not in self._entries:
+                self._add(key, "moved", _keys_of(ref, out), "")
+
+    def closed(self, adapter: Adapter) -> tuple[LedgerEntry, ...]:
+        """All entries, in the input's order.
+
+        Raises:
+            LayoutError: A tensor of the input is not accounted for.
+        """
+        order: Sequence[str] = adapter.order or tuple(self._entries)
+        missing = [key for key in order if key not in self._entries]
+        if missing:
+            raise LayoutError(
+                f"{len(missing)} tensors are not accounted for", path=adapter.path or None, keys=missing
+            )
+        return tuple(self._entries[key] for key in order)
+
+    def _add(self, key: str, fate: str, into: tuple[str, ...], detail: str) -> None:
+        if not key:
+            return
+        known = self._entries.get(key)
+        if known is not None and fate != "dropped":
+            into = tuple(dict.fromkeys((*known.into, *into)))
+            fate = known.fate if known.fate != "dropped" else fate
+        elif known is not None:
+            return
+        self._entries[key] = LedgerEntry(key, fate, into, detail)
+
+
+def _keys_of(ref: TensorRef, spelt: Iterable[TensorRef]) -> tuple[str, ...]:
+    return tuple(each.name for each in spelt if each.source is ref.source)

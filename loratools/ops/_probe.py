@@ -1,0 +1,206 @@
+"""Two readings of one adapter compared by what they do: ΔW · x on random x, module by module, in float64.
+
+Where both readings hold the same bits at the same scale, no x could tell them apart, and none is tried.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from math import lcm, prod
+from typing import NamedTuple
+
+import torch
+
+from loratools import kinds
+from loratools.kinds._base import StandIn
+from loratools.model import Module
+from loratools.ops._bits import same_bits, units
+from loratools.ops._weights_of import weight_of
+from loratools.tensors import TensorRef
+
+_PROBES = 2  # vectors for each weight
+
+# Relative error allowed where values were rounded to a store dtype: some eight units in its last place.
+_ROUNDED = {"F64": 1e-12, "F32": 1e-6, "F16": 4e-3, "BF16": 3e-2}
+_ROUNDED_BELOW = 0.5
+# Where nothing was rounded but alpha, which most layouts state in float32.
+_EXACT = 3e-7
+
+Key = tuple[str, str]
+
+
+class Probed(NamedTuple):
+    """What a comparison found.
+
+    Attributes:
+        weights: How many base weights were compared.
+        error: The largest relative error of ΔW · x, of a bias or of a magnitude.
+        worst: The weight that has it, or empty.
+        failed: Weights whose error is more than rounding explains, the worst first.
+    """
+
+    weights: int
+    error: float
+    worst: str
+    failed: tuple[str, ...]
+
+
+def compare(
+    arch: str, expected: Iterable[Module], found: Iterable[Module], rounded: Mapping[Key, str]
+) -> Probed:
+    """Compare what was to be written with what a file says.
+
+    Args:
+        arch: The architecture that the modules are of.
+        expected: What was to be written.
+        found: What was read back.
+        rounded: By weight, the store dtype to which values were rounded; weights whose values are exact are absent.
+    """
+    mine = _by_weight(expected, arch)
+    theirs = _by_weight(found, arch)
+    errors: dict[Key, float] = {}
+    for key, members in mine.items():
+        errors[key] = _error(key, members, theirs.get(key, []))
+    for key in theirs.keys() - mine.keys():
+        errors[key] = float("inf")
+    failed = [key for key, error in errors.items() if not error <= _allowed(rounded.get(key))]
+    failed.sort(key=lambda key: -errors[key])
+    worst = max(errors, key=lambda key: errors[key], default=("", ""))
+    return Probed(
+        len(errors),
+        errors.get(worst, 0.0),
+        worst[1],
+        tuple(f"{key[1]} ({errors[key]:.2g})" for key in failed),
+    )
+
+
+def _by_weight(modules: Iterable[Module], arch: str) -> dict[Key, list[Module]]:
+    found: dict[Key, list[Module]] = {}
+    for module in modules:
+        found.setdefault(weight_of(module, arch), []).append(module)
+    return found
+
+
+def _allowed(dtype: str | None) -> float:
+    return _EXACT if dtype is None else _ROUNDED.get(dtype, _ROUNDED_BELOW)
+
+
+def _error(key: Key, mine: Sequence[Module], theirs: Sequence[Module]) -> float:
+    """The relative difference of two sets of modules of one weight; infinite where they cannot be compared."""
+    if _same_bits(mine, theirs):
+        return 0.0
+    of = reduce(lcm, [module.target.rows.of for module in (*mine, *theirs) if module.target.rows], 1)
+    if any(module.shape is None or kinds.get(module.kind).apply is None for module in (*mine, *theirs)):
+        return _factors_apart(mine, theirs)
+    shapes = {(_height(module, of), prod((module.shape or ())[1:])) for module in (*mine, *theirs)}
+    if len(shapes) != 1:
+        return float("inf")
+    height, width = shapes.pop()
+    generator = torch.Generator().manual_seed(zlib.crc32("/".join(key).encode()))
+    x = torch.randn(width, _PROBES, generator=generator, dtype=torch.float64)
+    base = StandIn(
+        torch.randn(height, generator=generator, dtype=torch.float64),
+        torch.randn(width, generator=generator, dtype=torch.float64),
+    )
+    errors = [_distance(_outputs(mine, x, base, of), _outputs(theirs, x, base, of))]
+    for role in ("bias", "magnitude out"):
+        errors.append(_distance(_vector(mine, role, height, of), _vector(theirs, role, height, of)))
+    errors.append(_distance(_across(mine), _across(theirs)))
+    return max(errors)
+
+
+def _same_bits(mine: Sequence[Module], theirs: Sequence[Module]) -> bool:
+    """Whether both are the same tensors at the same scales: then no probe could tell them apart."""
+    one, other = ({module.target.rows: module for module in modules} for modules in (mine, theirs))
+    return one.keys() == other.keys() and all(_twins(one[rows], other[rows]) for rows in one)
+
+
+def _twins(one: Module, other: Module) -> bool:
+    same = (one.kind, one.scale, one.magnitude_axis, one.factors.keys())
+    if same != (other.kind, other.scale, other.magnitude_axis, other.factors.keys()):
+        return False
+    pairs = [(ref, other.factors[role]) for role, ref in one.factors.items()]
+    if one.magnitude is not None and other.magnitude is not None:
+        pairs.append((_flat(one.magnitude), _flat(other.magnitude)))
+    return all(same_bits(*pair) for pair in pairs)
+
+
+def _flat(ref: TensorRef) -> TensorRef:
+    return ref.reshaped((ref.numel,))
+
+
+def _height(module: Module, of: int) -> int:
+    rows = (module.shape or (0,))[0]
+    return rows * of // len(units(module.target.rows, of))
+
+
+def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    if one.shape != other.shape:
+        return float("inf")
+    size, away = float(one.norm()), float((one - other).norm())
+    if size == 0.0:
+        return 0.0 if away == 0.0 else float("inf")
+    return away / size
+
+
+def _places(module: Module, height: int, of: int) -> torch.Tensor:
+    """The whole weight's row numbers that the module's rows are, in order."""
+    share = height // of
+    return torch.cat(
+        [torch.arange(unit * share, (unit + 1) * share) for unit in units(module.target.rows, of)]
+    )
+
+
+def _outputs(modules: Sequence[Module], x: torch.Tensor, base: StandIn, of: int) -> torch.Tensor:
+    height = base.left.numel()
+    found = torch.zeros(height, x.shape[1], dtype=torch.float64)
+    for module in modules:
+        apply = kinds.get(module.kind).apply
+        if apply is not None:
+            rows = _places(module, height, of)
+            # The magnitude is compared apart: what it does to ΔW depends on the whole base weight.
+            bare = module._replace(magnitude=None, magnitude_axis=None)
+            found[rows] += apply(bare, x, base._replace(left=base.left[rows]))
+    return found
+
+
+def _vector(modules: Sequence[Module], role: str, height: int, of: int) -> torch.Tensor:
+    """A bias or a magnitude per output, over the whole weight's rows."""
+    found = torch.zeros(height, dtype=torch.float64)
+    for module in modules:
+        rows = _places(module, height, of)
+        if role == "bias":
+            for name, scale in (("up_bias", module.scale), ("diff_b", 1.0), ("b_norm", 1.0)):
+                if name in module.factors:
+                    found[rows] += scale * module.factors[name].load().to(torch.float64).reshape(-1)
+        elif module.magnitude is not None and module.magnitude_axis == "out":
+            found[rows] += module.magnitude.load().to(torch.float64).reshape(-1)
+    return found
+
+
+def _across(modules: Sequence[Module]) -> torch.Tensor:
+    """Magnitudes per input."""
+    found = [
+        module.magnitude.load().to(torch.float64).reshape(-1)
+        for module in modules
+        if module.magnitude is not None and module.magnitude_axis == "in"
+    ]
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
+
+
+def _factors_apart(mine: Sequence[Module], theirs: Sequence[Module]) -> float:
+    """The relative difference of the factors themselves, for kinds that are only carried."""
+    one, other = _factors(mine), _factors(theirs)
+    if one.keys() != other.keys():
+        return float("inf")
+    return max((_distance(one[name], other[name]) for name in one), default=0.0)
+
+
+def _factors(modules: Sequence[Module]) -> dict[tuple[str, str, str], torch.Tensor]:
+    return {
+        (module.kind, str(module.target.rows or ""), role): ref.load().to(torch.float64)
+        for module in modules
+        for role, ref in module.factors.items()
+    }

@@ -1,0 +1,346 @@
+"""One adapter in another layout: names change, ΔW does not, and every tensor is accounted for."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from loratools import formats
+from loratools.errors import ConversionError, LayoutError, OptionError
+from loratools.formats import Document, Format
+from loratools.formats._scaling import refuse_nonfinite
+from loratools.io.base import Base, keys_of
+from loratools.model import Adapter, Layout, Module, Target
+from loratools.ops import _fit, _ledger, _regroup, files
+from loratools.ops._weights_of import least_precise, weight_of
+from loratools.ops.results import Conversion, ConvertReport, LedgerEntry
+from loratools.tensors import DTYPES, TensorRef
+
+if TYPE_CHECKING:
+    from loratools.ops._probe import Probed
+
+Progress = Callable[[str, int, int], None]
+
+
+class Converted(NamedTuple):
+    """An adapter as a layout will write it.
+
+    Attributes:
+        adapter: What is left of the input, at the layout's grain.
+        document: Its tensors under the layout's keys.
+        ledger: Every tensor of the input.
+        expected: The modules whose ΔW the result must have.
+        rounded: By weight, the store dtype to which values were rounded.
+        conversions: Modules that were turned into LoRA.
+        notes: What the caller should know.
+    """
+
+    adapter: Adapter
+    document: Document
+    ledger: tuple[LedgerEntry, ...]
+    expected: tuple[Module, ...]
+    rounded: Mapping[tuple[str, str], str]
+    conversions: tuple[Conversion, ...]
+    notes: tuple[str, ...]
+
+
+def convert(
+    adapter: Adapter,
+    layout: str,
+    *,
+    dtype: str = "keep",
+    fold: bool = False,
+    as_kind: str | None = None,
+    rank: int | None = None,
+    base: files.PathLike | None = None,
+    drop: Iterable[str] = (),
+    container: str = "safetensors",
+) -> Converted:
+    """An adapter in another layout.
+
+    Args:
+        adapter: From ``load``.
+        layout: The target ("kohya", "diffusers", "peft", "comfy", …).
+        dtype: "float32", "float16", "bfloat16", "float64", or "keep".
+        fold: Fold the scale into the factors though the layout has a place for it.
+        as_kind: "lora": turn every module into LoRA first.
+        rank: Of those, a count; None: their full rank, which is exact.
+        base: The base checkpoint: a file or a folder. Names that no architecture explains are matched against its
+            own, and kinds whose ΔW depends on the base weight become LoRA with it.
+        drop: What may be left out where the layout cannot hold it: "extras", "magnitude", "bias", "norm", a kind, a
+            component, or "unnamed" for weights that the layout has no names for.
+        container: "safetensors", or "pickle" where the layout has such a form.
+
+    Raises:
+        LayoutError: The layout cannot hold everything; the message names the keys, and what would drop them.
+        LoraError: A module cannot be converted.
+    """
+    drop = frozenset(drop)
+    form = writable(layout)
+    if dtype != "keep" and dtype not in files.STORE_DTYPES:
+        raise OptionError(f"there is no store dtype {dtype!r}", candidates=[*files.STORE_DTYPES, "keep"])
+    refuse_nonfinite(adapter)
+    goal = files.layout_of(form, container)
+    known = keys_of(base) if base is not None else None
+    ready, origins, conversions = _as_kind(_against(adapter, known), as_kind, rank, known, dtype)
+    regrouped = _regroup.regroup(ready, form)
+    store = files.STORE_DTYPES.get(dtype, "")
+    fitted = [_fit.fit(step, ready, goal, form, fold=fold, dtype=store) for step in regrouped.steps]
+    extras, strangers = _extras(adapter, goal, form)
+    misfits = [misfit for each in fitted for misfit in each.misfits]
+    dropped = _fit.settle([*misfits, *strangers], drop, goal, adapter.path)
+    modules = _modules(fitted, store)
+    if not modules:
+        raise LayoutError(
+            "nothing is left to write", path=adapter.path or None, todo="Drop less, or choose another layout"
+        )
+    kept = _fit.without(replace(ready, modules=modules, order=()), extras)
+    document = formats.document(kept, goal, form)
+    ledger = _ledger.Ledger()
+    ledger.dropped(dropped)
+    for each in fitted:
+        ledger.fitted(each, origins)
+    touched = {source.target for step in regrouped.steps for source in step.sources}
+    ledger.zero(module for target, module in ready.modules.items() if target not in touched)
+    ledger.extras(adapter.extras, document.tensors)
+    return Converted(
+        kept,
+        document,
+        ledger.closed(adapter),
+        tuple(_expected(fitted)),
+        _rounded(fitted, store, ready.arch),
+        tuple(conversions),
+        tuple(dict.fromkeys((*ready.notes, *regrouped.notes))),
+    )
+
+
+def writable(layout: str) -> Format:
+    """The layout of this name.
+
+    Raises:
+        LayoutError: There is none, or it is only read.
+    """
+    form = formats.get(layout)
+    if form.speller is None or form.finisher is None:
+        raise LayoutError(
+            f"the {form.title} layout can be read but not written yet",
+            expected=f"Written are {', '.join(formats.writable())}",
+            todo="Choose another with --to",
+        )
+    return form
+
+
+def _against(adapter: Adapter, base: Base | None) -> Adapter:
+    """The adapter under the base's own names; its tensors keep the keys that they have in the file."""
+    if base is None:
+        return adapter
+    from loratools.ops import base_names
+
+    found = base_names.against(adapter, base)
+    pairs = zip(found.modules.items(), adapter.modules.values(), strict=True)
+    modules = {target: module._replace(factors=before.factors) for (target, module), before in pairs}
+    return replace(found, modules=modules)
+
+
+def _as_kind(
+    adapter: Adapter, kind: str | None, rank: int | None, base: Base | None, dtype: str
+) -> tuple[Adapter, dict[str, Module], list[Conversion]]:
+    """The adapter with its modules turned into LoRA where that was asked for, and what they were before."""
+    if kind is None:
+        if rank is not None:
+            raise OptionError("a rank is given, but no kind to convert to", todo="Add --as lora")
+        return adapter, {}, []
+    if kind != "lora":
+        raise OptionError(f"modules cannot be turned into {kind!r}", candidates=["lora"])
+    from loratools.ops import _as_kind
+
+    return _as_kind.as_lora(adapter, rank=rank, base=base, dtype=files.STORE_DTYPES.get(dtype))
+
+
+def _extras(adapter: Adapter, goal: Layout, form: Format) -> tuple[dict[str, TensorRef], list[_fit.Misfit]]:
+    """The tensors of no module that the layout has a place for, and the others."""
+    kept: dict[str, TensorRef] = {}
+    strangers: list[_fit.Misfit] = []
+    own = adapter.layout.name == goal.name
+    for key, ref in adapter.extras.items():
+        if own or form.adopt(ref, adapter) is not None:
+            kept[key] = ref
+        else:
+            strangers.append(
+                _fit.Misfit("extras", (key,), "it has no place for tensors that belong to no module")
+            )
+    return kept, strangers
+
+
+def _modules(fitted: Sequence[_fit.Fitted], store: str) -> dict[Target, Module]:
+    found: dict[Target, Module] = {}
+    for each in fitted:
+        if each.module is not None:
+            found[each.module.target] = files.cast_module(each.module, store) if store else each.module
+    return found
+
+
+def _expected(fitted: Sequence[_fit.Fitted]) -> list[Module]:
+    """What the result is compared with: the input's own modules, or their pieces where something was left out."""
+    by_weight: dict[tuple[str, str], list[_fit.Fitted]] = {}
+    for each in fitted:
+        target = each.step.module.target
+        by_weight.setdefault((target.component, target.path), []).append(each)
+    expected: dict[Target, Module] = {}
+    for group in by_weight.values():
+        whole = not any(each.misfits for each in group)
+        for each in group:
+            if whole:
+                expected.update({source.target: source for source in each.step.sources})
+            elif each.module is not None:
+                expected[each.module.target] = each.module
+    return list(expected.values())
+
+
+def _rounded(fitted: Sequence[_fit.Fitted], store: str, arch: str) -> dict[tuple[str, str], str]:
+    """The weights whose values may have been rounded, and to which store dtype."""
+    found: dict[tuple[str, str], str] = {}
+    for each in fitted:
+        if each.module is None:
+            continue
+        written = least_precise(each.module)
+        if store and _cuts(each.module, store):
+            found[weight_of(each.module, arch)] = store
+        elif each.rounded:
+            found[weight_of(each.module, arch)] = store or written
+    return found
+
+
+def _cuts(module: Module, store: str) -> bool:
+    """Whether a store dtype may round a module's values."""
+    exact = {store, "F16", "BF16"} if DTYPES[store].bits > 16 else {store}
+    exact |= {"F32"} if store == "F64" else set()
+    return any(ref.dtype not in exact for ref in module.factors.values() if DTYPES[ref.dtype].floating)
+
+
+def verify(adapter: Adapter, converted: Converted, after: Adapter) -> Probed:
+    """Compare what was to be written with what was read back, by random probes.
+
+    Raises:
+        ConversionError: ΔW differs by more than rounding explains; the message names the weights.
+    """
+    from loratools.ops import _probe
+
+    found = _probe.compare(adapter.arch, converted.expected, after.modules.values(), converted.rounded)
+    if found.failed:
+        raise ConversionError(
+            f"ΔW of {len(found.failed)} of {found.weights} weights would change",
+            path=adapter.path or None,
+            keys=found.failed,
+            expected="A conversion leaves ΔW as it is, up to the rounding of the store dtype",
+            todo="Nothing was written. Choose a wider --dtype if values are too small or too large for this one; "
+            "otherwise this is a fault of loratools that should be reported",
+        )
+    return found
+
+
+def convert_file(
+    path: files.PathLike,
+    output: files.PathLike,
+    *,
+    to: str | None = None,
+    arch: str | None = None,
+    check: bool = True,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> ConvertReport:
+    """Load, convert, write, and prove that nothing changed.
+
+    Args:
+        path: The input.
+        output: A file, or a folder where the layout wants one.
+        to: The layout; default: the one it came in.
+        arch: The input's architecture, overriding detection.
+        check: Whether to compare ΔW · x of both files on random x before the output takes its name.
+        overwrite: Whether an existing output may be replaced.
+        dry_run: Do everything but write.
+        progress: Called with a tensor's name, its number and the count of all.
+        options: As for ``convert``.
+
+    Raises:
+        LoraError: Nothing was written.
+    """
+    files.check_output(output, overwrite=overwrite)
+    adapter = files.load(path, arch=arch, embedded=True)
+    to = writable(to or adapter.layout.name).name
+    container = files.check_name(output, to)
+    converted = convert(adapter, to, container=container, **options)
+    found: list[Probed] = []
+
+    def prove(written: str) -> None:
+        if check:
+            found.append(verify(adapter, converted, files.load(written, arch=_forced(adapter))))
+
+    if dry_run:
+        if check:
+            found.append(verify(adapter, converted, _read_again(adapter, converted)))
+        size = files.document_size(converted.document, formats.get(to))
+    else:
+        size = files.write(
+            converted.document,
+            formats.get(to),
+            output,
+            container=container,
+            overwrite=overwrite,
+            progress=_counted(progress, len(converted.document.tensors)),
+            check=prove,
+        )
+    return _report(adapter, converted, os.fspath(output), to, size, found[0] if found else None)
+
+
+def _forced(adapter: Adapter) -> str | None:
+    """The architecture to read an output with: a part of a file may not be enough to detect it again."""
+    return adapter.arch if adapter.arch != "unknown" else None
+
+
+def _read_again(adapter: Adapter, converted: Converted) -> Adapter:
+    """The document as a reader of it sees it."""
+    tensors = {ref.name: ref for ref in converted.document.tensors}
+    return formats.read(
+        tensors,
+        metadata=converted.document.metadata,
+        config=converted.document.config or {},
+        arch=_forced(adapter),
+    )
+
+
+def _counted(progress: Progress | None, total: int) -> Callable[[int], None] | None:
+    if progress is None:
+        return None
+    numbers = itertools.count(1)
+    return lambda _: progress("", next(numbers), total)
+
+
+def _report(
+    adapter: Adapter, converted: Converted, output: str, to: str, size: int, probed: Probed | None
+) -> ConvertReport:
+    modules = converted.adapter.modules
+    return ConvertReport(
+        input=adapter.path,
+        output=output,
+        bytes=size,
+        arch=adapter.arch,
+        source=str(adapter.layout),
+        layout=to,
+        modules=(len(adapter.modules), len(modules)),
+        kinds=converted.adapter.kinds,
+        ranks=dict(sorted(Counter(module.rank or 0 for module in modules.values()).items())),
+        dtypes=dict(Counter(ref.dtype for ref in converted.document.tensors)),
+        ledger=converted.ledger,
+        conversions=converted.conversions,
+        weights=probed.weights if probed else None,
+        error=probed.error if probed else None,
+        worst=probed.worst if probed else "",
+        notes=converted.notes,
+    )
