@@ -98,4 +98,6 @@ ARCH = Arch(
         Width("text_encoder_3", ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v"), 4096),
         Width("text_encoder_4", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), 4096),
     ),
+    # Its first three encoders are those of Stable Diffusion 3.
+    derived_from="sd3",
 )

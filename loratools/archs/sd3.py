@@ -157,4 +157,6 @@ ARCH = Arch(
     widths=(Width("denoiser", READS_HIDDEN, 1536), *TEXT_WIDTHS),
     proportions=PROPORTIONS,
     depths={"joint_blocks": _BLOCKS},
+    # Its two CLIPs are SDXL's: files of theirs alone are more often made for that.
+    derived_from="sdxl",
 )

@@ -168,7 +168,8 @@ def support(ref: TensorRef, axis: int, parts: Sequence[Sequence[int]], of: int) 
     # Minus zero is zero: the sign is the highest bit of every floating dtype.
     magnitude = array & numpy.array((1 << (8 * array.dtype.itemsize - 1)) - 1, array.dtype)
     rows = numpy.moveaxis(magnitude, axis, 0)
-    columns = rows.reshape(of, rows.shape[0] // of, rows.shape[1], -1).any(axis=(1, 3))
+    across = rows.shape[1] if rows.ndim > 1 else 1
+    columns = rows.reshape(of, rows.shape[0] // of, across, -1).any(axis=(1, 3))
     return numpy.array([columns[list(part)].any(axis=0) for part in parts])
 
 

@@ -12,6 +12,7 @@ from loratools.formats import Format
 from loratools.model import Adapter, Layout, Module
 from loratools.ops import _scale
 from loratools.ops._regroup import Step
+from loratools.registry import scan
 from loratools.tensors import TensorRef
 
 # What --drop calls the roles that can be left out while the module stays.
@@ -76,6 +77,9 @@ def fit(step: Step, adapter: Adapter, layout: Layout, form: Format, *, fold: boo
     module, misfits = _with_known_roles(step, form)
     if module is None:
         return Fitted(step, misfits=misfits)
+    if _is_foreign(module, adapter, form):
+        reason = f"{module.target.path} is no weight of {archs.get(adapter.arch).title} that it could have a name for"
+        return _nothing(step, "unnamed", reason)
     rounded = step.rounded
     if module.scale != 1.0 and (fold or not form.states_scale(module)):
         try:
@@ -88,6 +92,26 @@ def fit(step: Step, adapter: Adapter, layout: Layout, form: Format, *, fold: boo
     except LoraError as error:
         return _nothing(step, _tag(module, adapter, form), error.problem)
     return Fitted(step, module, rounded, tuple(spelt), misfits)
+
+
+def _is_foreign(module: Module, adapter: Adapter, form: Format) -> bool:
+    """Whether the weight is one that the architecture's table lacks, and the layout would spell it otherwise.
+
+    A name that nobody explains stays as it is where both layouts use the same dialect, and only there: elsewhere it
+    would be a name that no reader knows.
+    """
+    owner = _owner(module, adapter)
+    if owner is None or owner.table is None or owner.table.native(module.target.path) is not None:
+        return False
+    source = scan("loratools.formats", "FORMAT").get(adapter.layout.name)
+    return source is None or owner.dialect(source.name, source.dialect) != owner.dialect(
+        form.name, form.dialect
+    )
+
+
+def _owner(module: Module, adapter: Adapter) -> archs.Component | None:
+    components = archs.get(adapter.arch).components
+    return next((each for each in components if each.name == module.target.component), None)
 
 
 def _nothing(step: Step, tag: str, reason: str) -> Fitted:
@@ -146,8 +170,7 @@ def _rescaled(ref: TensorRef, factor: float) -> TensorRef:
 
 def _tag(module: Module, adapter: Adapter, form: Format) -> str:
     """What --drop calls a module that the layout cannot name: its component, where that has no place at all."""
-    table = archs.get(adapter.arch)
-    owner = next((each for each in table.components if each.name == module.target.component), None)
+    owner = _owner(module, adapter)
     if owner is not None and owner.table is not None and owner.prefix(form.name) is None:
         return module.target.component
     return "unnamed"
@@ -195,8 +218,6 @@ def near(tag: str) -> Sequence[str]:
 
 
 def _known_tags() -> set[str]:
-    from loratools.registry import scan
-
     components = {each.name for arch in archs.all_archs().values() for each in arch.components}
     return {"extras", "unnamed", "sparse", *_PARTS.values(), *scan("loratools.kinds", "KIND"), *components}
 

@@ -126,7 +126,7 @@ def _pieces(members: Sequence[Module], wanted: Sequence[Rows | None], notes: lis
     steps = [
         _beyond(module, len(units - reach), of)
         for module, units in zip(members, held, strict=True)
-        if not units <= reach
+        if not units <= reach and not _is_zero(module, units - reach, of)
     ]
     if steps:
         return steps
@@ -150,6 +150,20 @@ def _pieces(members: Sequence[Module], wanted: Sequence[Rows | None], notes: lis
             notes.append(f"{target.path}: {missing} of {of} shares of its rows have no module; they are zero")
         steps.append(step)
     return steps
+
+
+def _is_zero(module: Module, units: set[int], of: int) -> bool:
+    """Whether a module leaves some of its rows as they are."""
+    axes = kinds.get(module.kind).row_axes(module.factors)
+    if not axes or module.magnitude is not None:
+        return False
+    held = _bits.units(module.target.rows, of)
+    places = [place for place, unit in enumerate(held) if unit in units]
+    return all(
+        module.factors[role].shape[axis] % len(held) == 0
+        and not _bits.support(module.factors[role], axis, [places], len(held)).any()
+        for role, axis in axes.items()
+    )
 
 
 def _beyond(module: Module, shares: int, of: int) -> Step:

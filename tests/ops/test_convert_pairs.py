@@ -84,6 +84,8 @@ def generated(arch: Arch, form: Format, others: Format) -> Adapter | None:
         assert table is not None
         for path in paths(component, rng, PER_COMPONENT):
             there = table.pieces(path, component.dialect(others.name, others.dialect))
+            if there != (None,) and sum(rows.shares / rows.of for rows in there if rows) < 1:
+                continue  # it has no name for some of the rows
             whole = 2 * shares(component, path)
             scale = rng.choice(SCALES)
             for rows in table.pieces(path, component.dialect(form.name, form.dialect)) if there else ():
