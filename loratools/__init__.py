@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from os import PathLike
 
-    from loratools.ops.results import Info
+    from loratools.ops.results import ConvertReport, Info
 
     Multipliers = Mapping[str, float] | Sequence[float]
 
@@ -29,6 +29,7 @@ __all__ = [
     "Rows",
     "Target",
     "__version__",
+    "convert",
     "info",
     "load",
     "merge",
@@ -65,9 +66,11 @@ def save(
     Args:
         adapter: From ``load``, ``merge``, …
         path: A file, or a folder where the layout wants one (PEFT).
-        layout: "kohya", "diffusers", "peft"; default: the one it came in.
+        layout: "kohya", "diffusers", "peft", "comfy", …; default: the one it came in. Another one is converted to, as
+            :func:`convert` does it.
         dtype: The store dtype: "float32", "float16", "bfloat16", or "keep".
-        drop: What may be left out: "extras", the tensors that belong to no module.
+        drop: What may be left out: "extras", the tensors that belong to no module; into another layout, whatever
+            that cannot hold.
         overwrite: Whether an existing output may be replaced.
 
     Returns:
@@ -79,6 +82,66 @@ def save(
     from loratools.ops.files import save as run
 
     return run(adapter, path, layout=layout, dtype=dtype, drop=drop, overwrite=overwrite)
+
+
+def convert(
+    path: str | PathLike[str],
+    output: str | PathLike[str],
+    *,
+    to: str | None = None,
+    arch: str | None = None,
+    base: str | PathLike[str] | None = None,
+    as_kind: str | None = None,
+    rank: int | None = None,
+    dtype: str = "keep",
+    fold: bool = False,
+    drop: Iterable[str] = (),
+    check: bool = True,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> ConvertReport:
+    """Write an adapter in another layout, losslessly: names change, ΔW does not, and every tensor is accounted for.
+
+    Args:
+        path: The input.
+        output: A file, or a folder where the layout wants one (PEFT).
+        to: The layout ("kohya", "diffusers", "peft", "comfy", …); default: the one it came in.
+        arch: The architecture, overriding detection.
+        base: The base checkpoint: names that no architecture explains are matched against its own, and kinds that
+            depend on its weights become LoRA with it.
+        as_kind: "lora": turn modules of other kinds into LoRA first.
+        rank: Of those, a count; None: their full rank, which is exact.
+        dtype: The store dtype: "float32", "float16", "bfloat16", or "keep".
+        fold: Fold alpha into the factors though the layout has a place for it.
+        drop: What may be left out where the layout cannot hold it: "extras", "magnitude", "bias", "norm", "unnamed", a
+            kind ("loha") or a component ("text_encoder").
+        check: Whether to compare ΔW · x of both files on random x before the output takes its name.
+        overwrite: Whether an existing output may be replaced.
+        dry_run: Do everything but write.
+
+    Returns:
+        What became of every tensor, and what the comparison found.
+
+    Raises:
+        LoraError: The layout cannot hold everything, or ΔW would change; nothing is left behind.
+    """
+    from loratools.ops.convert import convert_file as run
+
+    return run(
+        path,
+        output,
+        to=to,
+        arch=arch,
+        base=base,
+        as_kind=as_kind,
+        rank=rank,
+        dtype=dtype,
+        fold=fold,
+        drop=drop,
+        check=check,
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
 
 
 def merge(

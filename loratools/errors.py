@@ -19,6 +19,9 @@ class LoraError(Exception):
         path: The file at fault, where there is one.
         keys: All offending tensor names or modules (the message shows the first five).
         candidates: What the caller may have meant.
+        problem: What is wrong, without the file and the keys.
+        expected: What was expected, or empty.
+        todo: What to do, or empty.
     """
 
     def __init__(
@@ -35,6 +38,8 @@ class LoraError(Exception):
         self.keys = tuple(keys)
         self.candidates = tuple(candidates)
         self.problem = problem
+        self.expected = expected
+        self.todo = todo
         super().__init__(_message(self.path, problem, self.keys, self.candidates, expected, todo))
 
     def __str__(self) -> str:

@@ -50,6 +50,8 @@ class Arch:
         vectors: Which blocks a vector of so many numbers weighs, by its length.
         derived_from: The architecture that its blocks were taken from, names and shapes: a file that nothing
             else tells is read as that one's, and a note says so.
+        borrowed: The dialect in which its names are a relative's: a file in it is the relative's, unless a width
+            says otherwise.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Arch:
         blocks: tuple[Block, ...] = (),
         vectors: Mapping[int, tuple[str, ...]] = MappingProxyType({}),
         derived_from: str = "",
+        borrowed: str = "",
     ) -> None:
         self.name = name
         self.title = title
@@ -84,6 +87,7 @@ class Arch:
         self.blocks = blocks
         self.vectors = vectors
         self.derived_from = derived_from
+        self.borrowed = borrowed
 
     def block(self, component: str, path: str) -> str | None:
         """What people call the block that a weight lies in, or None where it lies in none."""
@@ -105,6 +109,14 @@ class Arch:
         if denied_by_width(self.widths, resolved, shape[1]):
             return True
         return any(rule.denies(resolved, *shape) for rule in self.proportions)
+
+    def borrows(self, resolved: Resolved) -> bool:
+        """Whether a name is a relative's spelling, and not its own for this weight too."""
+        if not self.borrowed or resolved.dialect != self.borrowed:
+            return False
+        component, path, rows = resolved[:3]
+        own = self.spell(component, path, rows, self.component(component).kohya_dialect)
+        return own != self.spell(component, path, rows, self.borrowed)
 
     @cached_property
     def _judged(self) -> frozenset[str]:
@@ -263,7 +275,8 @@ class Arch:
 
 
 def _is_flattened(path: str) -> bool:
-    return "." not in path and any(part.isdigit() for part in path.split("_"))
+    # A single number is a name of its own: that of a layer in a list.
+    return "." not in path and "_" in path and any(part.isdigit() for part in path.split("_"))
 
 
 def _as_spelt(spot: _Spot, body: str) -> Resolved:
@@ -274,6 +287,8 @@ def _as_spelt(spot: _Spot, body: str) -> Resolved:
 def _resolved(spot: _Spot, body: str, name: Name, numbers: tuple[str, ...], dialect: str) -> Resolved | None:
     if name.homonyms:
         name = _spoken(name, dialect or spot.dialect)
+    if name.variants:
+        name = _dotted(name, body, numbers, dialect or spot.dialect)
     text = name.text % numbers
     if body == text:
         # A name of one segment looks the same with either separator: the prefix tells.
@@ -290,3 +305,11 @@ def _resolved(spot: _Spot, body: str, name: Name, numbers: tuple[str, ...], dial
 def _spoken(name: Name, dialect: str) -> Name:
     """What a name means in a dialect; in the first that has it, where this one has it not."""
     return next((each for each in name.homonyms if each.dialect == dialect), name)
+
+
+def _dotted(name: Name, body: str, numbers: tuple[str, ...], dialect: str) -> Name:
+    """The one of a name's variants that has a body's dots; of a flattened one, that of a dialect."""
+    variants = (name, *name.variants)
+    if "." in body:
+        return next((each for each in variants if each.text % numbers == body), name)
+    return next((each for each in variants if each.dialect == dialect), name)

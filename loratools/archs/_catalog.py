@@ -26,14 +26,20 @@ def entries() -> Mapping[str, Entry]:
     return {name: entry(arch) for name, arch in scan(_PACKAGE, "ARCH").items()}
 
 
+@cache
+def _imported(name: str) -> Arch:
+    """An architecture: asked for several times for every module of a file, and imported once."""
+    if name not in entries():
+        raise KeyError(name)
+    found: Arch = importlib.import_module(f"{_PACKAGE}.{name}").ARCH
+    return found
+
+
 class Catalog(Mapping[str, Arch]):
     """Every architecture by name."""
 
     def __getitem__(self, name: str) -> Arch:
-        if name not in entries():
-            raise KeyError(name)
-        found: Arch = importlib.import_module(f"{_PACKAGE}.{name}").ARCH
-        return found
+        return _imported(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(entries())

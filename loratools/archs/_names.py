@@ -5,6 +5,8 @@ one dictionary serves every dialect, dotted or flattened.
 
 Within one dialect a name means one weight. Two dialects may use one name for different weights (homonyms:
 Hunyuan-DiT's native norm2 is diffusers' norm3, and the other way round); who asks has to say which is spoken.
+And two dialects may differ in a name's dots alone (ComfyUI's img_attn.qkv is the original's img_attn_qkv): the dots
+tell them apart, and of a flattened name nothing does, which means the same weight in either.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ class Name(NamedTuple):
         dialect: The spelling's dialect; None where native and diffusers agree.
         text: The spelling, dotted.
         homonyms: What the same spelling means in other dialects, in an index.
+        variants: How other dialects dot the same spelling of the same weight, in an index.
     """
 
     native: str
@@ -48,6 +51,7 @@ class Name(NamedTuple):
     dialect: str | None
     text: str
     homonyms: tuple[Name, ...] = ()
+    variants: tuple[Name, ...] = ()
 
 
 class _Bucket(NamedTuple):
@@ -117,8 +121,17 @@ def _both(known: Name, name: Name) -> Name:
     """A name that is claimed again: by the same weight in another dialect, or by another weight."""
     for each in (known, *known.homonyms):
         if (each.native, each.rows) == (name.native, name.rows):
-            agreed = each is known and {known.dialect, name.dialect} == {NATIVE, DIFFUSERS}
-            return known._replace(dialect=None) if agreed else known
+            return _agreed(known, name) if each is known else known
         if name.dialect == each.dialect or (each.dialect is None and name.dialect in (NATIVE, DIFFUSERS)):
             raise ValueError(f"{name.text} names both {each.native} and {name.native}")
     return known._replace(homonyms=(*known.homonyms, name))
+
+
+def _agreed(known: Name, name: Name) -> Name:
+    """A name that is claimed again by its own weight: as it is, or with other dots."""
+    if known.text == name.text:
+        both = {known.dialect, name.dialect} == {NATIVE, DIFFUSERS}
+        return known._replace(dialect=None) if both else known
+    if any(each.text == name.text for each in known.variants):
+        return known
+    return known._replace(variants=(*known.variants, name))

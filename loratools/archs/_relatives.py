@@ -25,6 +25,10 @@ def told_apart(
         The names of those that are left; by what they were told from the others; and for each that was ruled
         out by a single weight, that weight's name.
     """
+    owners = {
+        name: arch for name, arch in archs.items() if not _is_borrowed(arch, explained[name], stems)
+    }
+    archs = owners or archs
     denied = {name: _denied(arch, explained[name], stems) for name, arch in archs.items()}
     left = [name for name, stem in denied.items() if not stem]
     told_by = "its names and widths" if len(left) < len(denied) else "its names"
@@ -48,6 +52,18 @@ def _denied(arch: Arch, explained: Mapping[str, Resolved], stems: _Shapes) -> st
         if arch.denies(meaning, shape) if meaning is not None else any(word in stem for word in arch.foreign):
             return stem
     return ""
+
+
+def _is_borrowed(arch: Arch, explained: Mapping[str, Resolved], stems: _Shapes) -> bool:
+    """Whether names are in the spelling that this architecture shares with a relative, and no width is its own."""
+    if not any(arch.borrows(meaning) for meaning in explained.values()):
+        return False
+    widths = ((meaning, stems[stem]) for stem, meaning in explained.items())
+    return not any(
+        shape is not None and rule.size == shape[1] and rule.speaks_of(meaning)
+        for meaning, shape in widths
+        for rule in arch.widths
+    )
 
 
 def _by_width(archs: Sequence[Arch], explained: _Explained, stems: _Shapes) -> list[str]:

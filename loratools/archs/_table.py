@@ -65,7 +65,8 @@ class Table:
 
     def find(self, skeleton: str, numbers: tuple[str, ...]) -> tuple[Name, tuple[str, ...]] | None:
         """The name with this skeleton and these numbers, and the numbers that fill its holes."""
-        found = None if skeleton in self.homonyms else self._native_index.find(skeleton, numbers)
+        unsure = skeleton in self.homonyms or skeleton in self._redotted
+        found = None if unsure else self._native_index.find(skeleton, numbers)
         return found or self.index.find(skeleton, numbers)
 
     def knows(self, skeleton: str) -> bool:
@@ -75,17 +76,32 @@ class Table:
     @cached_property
     def homonyms(self) -> frozenset[str]:
         """The skeletons of native names that mean other weights in other dialects."""
-        own = {native.replace(".", "_"): native for native, _ in self.rows}
         return frozenset(
-            [
-                parse(text.replace(HOLE, "0"))[0]
-                for column in (self.rows, *self.further.values())
-                for native, twin in column
-                if twin is not None
-                for text in _texts(twin)
-                if own.get(text.replace(".", "_"), native) != native
-            ]
+            [parse(text.replace(HOLE, "0"))[0] for own, native, text in self._clashes if own != native]
         )
+
+    @cached_property
+    def _redotted(self) -> frozenset[str]:
+        """The skeletons of native names that other dialects spell with other dots."""
+        return frozenset(
+            [parse(text.replace(HOLE, "0"))[0] for own, native, text in self._clashes if own == native]
+        )
+
+    @cached_property
+    def _clashes(self) -> list[tuple[str, str, str]]:
+        """The names of other dialects that are not native ones but flatten like one.
+
+        As (the native name that flattens so, the native name of the weight, the other dialect's name).
+        """
+        own = {native.replace(".", "_"): native for native, _ in self.rows}
+        return [
+            (own[flat], native, text)
+            for column in (self.rows, *self.further.values())
+            for native, twin in column
+            if twin is not None
+            for text in _texts(twin)
+            if (flat := text.replace(".", "_")) in own and (own[flat], native) != (text, text)
+        ]
 
     @cached_property
     def _native_index(self) -> Index:
@@ -98,10 +114,16 @@ class Table:
 
     def native(self, path: str) -> tuple[str, tuple[str, ...]] | None:
         """The native template of a canonical path, and its holes' numbers; None for any other."""
-        found = self.find(*parse(path))
-        if found is None or found[0].native % found[1] != path:
-            return None
-        return found[0].native, found[1]
+        if path not in self._natives:
+            found = self.find(*parse(path))
+            own = found is not None and found[0].native % found[1] == path
+            self._natives[path] = (found[0].native, found[1]) if found is not None and own else None
+        return self._natives[path]
+
+    @cached_property
+    def _natives(self) -> dict[str, tuple[str, tuple[str, ...]] | None]:
+        """The canonical paths met so far: a conversion asks several times for each."""
+        return {}
 
     def spell(self, path: str, rows: Rows | None, dialect: str) -> str | None:
         """The dotted name that a dialect has for exactly these rows of a weight, or None."""

@@ -1,4 +1,7 @@
-"""Hunyuan Image 2.1: Hunyuan Video's blocks at another width, for single images."""
+"""Hunyuan Image 2.1: Hunyuan Video's blocks at another width, for single images.
+
+ComfyUI has Flux.1's names for them, and unlike for Hunyuan Video does not understand the checkpoint's own.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from loratools.archs._arch import Arch, Width
 from loratools.archs._table import NATIVE, Component, Row, Table
 from loratools.archs.hunyuan_video import (
     BLOCKS,
+    COMFY_NAMES,
     EMBEDDERS,
     FINAL_LAYER,
     FUSED,
@@ -29,22 +33,37 @@ _ROWS: tuple[Row, ...] = (
     *FUSED,
     *FINAL_LAYER,
 )
+_READ_HIDDEN = tuple(
+    f"{stream}_{part}"
+    for stream in ("img", "txt")
+    for part in ("mod.linear", "attn_qkv", "attn_proj", "mlp.fc1")
+)
+_COMFY = "comfy"
+_COMFY_ROWS: tuple[Row, ...] = tuple((native, COMFY_NAMES.get(native)) for native, _ in _ROWS)
 
 ARCH = Arch(
     name="hunyuan_image",
     title="Hunyuan Image 2.1",
     components=(
-        Component("denoiser", PREFIXES, Table(_ROWS), kohya_dialect=NATIVE, dialects={"ai-toolkit": NATIVE}),
+        Component(
+            "denoiser",
+            PREFIXES,
+            Table(_ROWS, {_COMFY: _COMFY_ROWS}),
+            kohya_dialect=NATIVE,
+            dialects={"comfy": _COMFY, "ai-toolkit": NATIVE},
+        ),
     ),
     kohya_versions=("hunyuan-image-2.1",),
     modelspec=("hunyuan-image-2.1",),
     base_models=("hunyuanimage-2", "hunyuanimage2", "hunyuan-image-2"),
     widths=(
-        Width("denoiser", ("img_attn_qkv", "txt_attn_qkv", "linear1"), 3584),
+        Width("denoiser", (*_READ_HIDDEN, "linear1"), 3584),
+        Width("denoiser", ("img_mlp.fc2", "txt_mlp.fc2"), 14336),
         Width("denoiser", ("linear2",), 17920),
     ),
     proportions=FUSED_PROPORTIONS,
     depths={"double_blocks": 20, "single_blocks": 40},
     derived_from="hunyuan_video",
+    borrowed=_COMFY,
     blocks=BLOCKS,
 )

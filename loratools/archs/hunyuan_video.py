@@ -1,9 +1,13 @@
 """Hunyuan Video and FramePack: double and single stream blocks as Flux.1 has, and a refiner of the text's tokens.
 
-FramePack's adapters have diffusers' names in every layout, Kohya's too.
+FramePack's adapters have diffusers' names in every layout, Kohya's too; which are read, but what is written for Kohya
+has the checkpoint's own names, as Hunyuan Video's trainers write them. ComfyUI has Flux.1's names for these blocks, and
+understands the checkpoint's own behind ``diffusion_model.`` too.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from loratools.archs._arch import Arch, Proportion, Width
 from loratools.archs._blocks import Block
@@ -12,6 +16,41 @@ from loratools.archs._table import DIFFUSERS, NATIVE, Component, Row, Table, sam
 
 _REFINER = "txt_in.individual_token_refiner.blocks.{}"
 _REFINER_TWIN = "context_embedder.token_refiner.refiner_blocks.{}"
+
+# What ComfyUI calls weights of Tencent's models, where it is not what their checkpoints do: mostly as Flux.1's.
+COMFY_NAMES: Mapping[str, str] = {
+    "txt_in.t_embedder.mlp.0": "txt_in.t_embedder.in_layer",
+    "txt_in.t_embedder.mlp.2": "txt_in.t_embedder.out_layer",
+    "txt_in.c_embedder.linear_1": "txt_in.c_embedder.in_layer",
+    "txt_in.c_embedder.linear_2": "txt_in.c_embedder.out_layer",
+    "time_in.mlp.0": "time_in.in_layer",
+    "time_in.mlp.2": "time_in.out_layer",
+    "time_r_in.mlp.0": "time_r_in.in_layer",
+    "time_r_in.mlp.2": "time_r_in.out_layer",
+    "guidance_in.mlp.0": "guidance_in.in_layer",
+    "guidance_in.mlp.2": "guidance_in.out_layer",
+    f"{_REFINER}.self_attn_qkv": f"{_REFINER}.self_attn.qkv",
+    f"{_REFINER}.self_attn_proj": f"{_REFINER}.self_attn.proj",
+    f"{_REFINER}.mlp.fc1": f"{_REFINER}.mlp.0",
+    f"{_REFINER}.mlp.fc2": f"{_REFINER}.mlp.2",
+    "double_blocks.{}.img_mod.linear": "double_blocks.{}.img_mod.lin",
+    "double_blocks.{}.img_attn_qkv": "double_blocks.{}.img_attn.qkv",
+    "double_blocks.{}.img_attn_q_norm": "double_blocks.{}.img_attn.norm.query_norm",
+    "double_blocks.{}.img_attn_k_norm": "double_blocks.{}.img_attn.norm.key_norm",
+    "double_blocks.{}.img_attn_proj": "double_blocks.{}.img_attn.proj",
+    "double_blocks.{}.img_mlp.fc1": "double_blocks.{}.img_mlp.0",
+    "double_blocks.{}.img_mlp.fc2": "double_blocks.{}.img_mlp.2",
+    "double_blocks.{}.txt_mod.linear": "double_blocks.{}.txt_mod.lin",
+    "double_blocks.{}.txt_attn_qkv": "double_blocks.{}.txt_attn.qkv",
+    "double_blocks.{}.txt_attn_q_norm": "double_blocks.{}.txt_attn.norm.query_norm",
+    "double_blocks.{}.txt_attn_k_norm": "double_blocks.{}.txt_attn.norm.key_norm",
+    "double_blocks.{}.txt_attn_proj": "double_blocks.{}.txt_attn.proj",
+    "double_blocks.{}.txt_mlp.fc1": "double_blocks.{}.txt_mlp.0",
+    "double_blocks.{}.txt_mlp.fc2": "double_blocks.{}.txt_mlp.2",
+    "single_blocks.{}.modulation.linear": "single_blocks.{}.modulation.lin",
+    "single_blocks.{}.q_norm": "single_blocks.{}.norm.query_norm",
+    "single_blocks.{}.k_norm": "single_blocks.{}.norm.key_norm",
+}
 
 # Tencent's later models share these rows.
 EMBEDDERS: tuple[Row, ...] = (

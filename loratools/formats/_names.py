@@ -80,6 +80,13 @@ def component(arch: str, name: str) -> archs.Component | None:
     return next((row for row in table.components if row.name == name), None) if table is not None else None
 
 
+def main_component(adapter: Adapter) -> str:
+    """The component of a file whose names cannot tell several apart: the architecture's first, where it is there."""
+    first = archs.get(adapter.arch).components[0].name
+    there = any(target.component == first for target in adapter.modules)
+    return first if there else next(iter(adapter.modules)).component
+
+
 def _stated(arch: str, name: str, layout: str) -> str | None:
     """The prefix that a component states for a layout; none of its own where paths are names."""
     row = component(arch, name)

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from loratools.formats._base import cannot_hold
-from loratools.model import Adapter, Layout, Module
+from loratools.model import Layout, Module
 from loratools.tensors import TensorRef
 
 ROLES = frozenset({"up", "down"})
 
 
-def factors(module: Module, adapter: Adapter, layout: Layout) -> tuple[TensorRef, TensorRef]:
+def factors(module: Module, layout: Layout) -> tuple[TensorRef, TensorRef]:
     """A module's up (out, rank) and down (rank, in).
 
     Raises:
-        LayoutError: It is more than their product; all modules with the same fault are named.
+        LayoutError: It is more than their product.
     """
     problem = _problem(module)
     if problem:
-        keys = [str(each.target) for each in adapter.modules.values() if _problem(each) == problem]
         todo = "Choose a layout that has a place for it with --to"
         if problem == _SCALED:
             todo = "`loratools convert` multiplies the scale into the factors"
-        raise cannot_hold(layout, problem, keys, todo)
+        raise cannot_hold(layout, problem, [str(module.target)], todo)
     return module.factors["up"], module.factors["down"]
 
 

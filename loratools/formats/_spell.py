@@ -41,7 +41,7 @@ def lycoris(stem: str, module: Module, suffixes: Mapping[str, str], layout: Layo
     """
     if module.op == "embedding":
         raise cannot_hold(layout, "an embedding's factors", _keys(module), "Write it as peft")
-    refuse_kind(stem, module, _suffixes.LYCORIS_KINDS, layout)
+    refuse_kind(module, _suffixes.LYCORIS_KINDS, layout)
     stated = alpha(stem, module, layout)
     tensors = [] if stated is None else [stated]
     tensors += factors(stem, module, suffixes, layout)
@@ -50,14 +50,14 @@ def lycoris(stem: str, module: Module, suffixes: Mapping[str, str], layout: Layo
     return tensors
 
 
-def refuse_kind(stem: str, module: Module, known: Container[str], layout: Layout) -> None:
+def refuse_kind(module: Module, known: Container[str], layout: Layout) -> None:
     """Refuse a module of a kind whose roles another one has too, or that the layout's readers do not know.
 
     Raises:
         LayoutError: It is not among the ``known`` kinds.
     """
     if module.kind not in known:
-        raise cannot_hold(layout, f"what {stem} has: {module.kind} factors", _keys(module))
+        raise cannot_hold(layout, f"modules of kind {module.kind}", _keys(module))
 
 
 def _keys(module: Module) -> list[str]:
@@ -72,7 +72,7 @@ def factors(stem: str, module: Module, suffixes: Mapping[str, str], layout: Layo
     """
     unknown = [ref.name or role for role, ref in module.factors.items() if role not in suffixes]
     if unknown:
-        raise cannot_hold(layout, f"what {stem} has", unknown)
+        raise cannot_hold(layout, f"all tensors of modules of kind {module.kind}", unknown)
     # Built rather than replaced: this is done for every tensor of a file.
     return [
         TensorRef(f"{stem}.{suffixes[role]}", ref.shape, ref.dtype, ref.source, ref.transposed)

@@ -6,9 +6,12 @@ from collections import Counter
 from collections.abc import Mapping
 
 from loratools.errors import LayoutError
-from loratools.formats._base import Document, Format
+from loratools.formats._base import Document, Format, Speller
 from loratools.model import Adapter, Layout
 from loratools.tensors import TensorRef
+
+# How many reasons a message gives for what a layout cannot hold.
+_REASONS = 3
 
 
 def document(adapter: Adapter, layout: Layout, form: Format) -> Document:
@@ -28,12 +31,34 @@ def document(adapter: Adapter, layout: Layout, form: Format) -> Document:
             f"the {form.title} layout can be read but not written yet", todo="Choose another with --to"
         )
     extras = _extras(adapter, layout, form)
-    tensors: list[TensorRef] = []
-    for module in adapter.modules.values():
-        tensors += form.speller(module, adapter, layout)
-    tensors += extras
+    tensors = _spelt(adapter, layout, form.speller) + extras
     _refuse_twins(tensors)
     return form.finisher(adapter, tensors, layout)
+
+
+def _spelt(adapter: Adapter, layout: Layout, speller: Speller) -> list[TensorRef]:
+    """The tensors of all modules under the layout's keys.
+
+    Raises:
+        LayoutError: The layout cannot hold some of them; all of these are named.
+    """
+    tensors: list[TensorRef] = []
+    refused: list[LayoutError] = []
+    for module in adapter.modules.values():
+        try:
+            tensors += speller(module, adapter, layout)
+        except LayoutError as error:
+            refused.append(error)
+    if not refused:
+        return tensors
+    problems = list(dict.fromkeys(error.problem for error in refused))
+    more = f"; and {len(problems) - _REASONS} other reasons" if len(problems) > _REASONS else ""
+    raise LayoutError(
+        "; ".join(problems[:_REASONS]) + more,
+        path=adapter.path or None,
+        keys=[key for error in refused for key in error.keys],
+        todo="; ".join(dict.fromkeys(error.todo for error in refused if error.todo)),
+    ) from refused[0]
 
 
 def _extras(adapter: Adapter, layout: Layout, form: Format) -> list[TensorRef]:

@@ -33,7 +33,7 @@ def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef
     stem = _NAMING.stem(module, adapter, layout)
     if module.kind == "lokr" and module.magnitude is None:
         return _spell.lycoris(stem, module, _suffixes.LOKR, layout)
-    _spell.refuse_kind(stem, module, ("lora",) if module.op != "embedding" else (), layout)
+    _spell.refuse_kind(module, ("lora",) if module.op != "embedding" else (), layout)
     if module.scale != 1.0:
         raise _spell.no_place_for_scale(module, layout)
     tensors = _spell.factors(stem, module, _LORA, layout)

@@ -36,12 +36,12 @@ def _stem(module: Module, adapter: Adapter, layout: Layout) -> str | None:
 
 
 def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef]:
-    up, down = _plain.factors(module, adapter, layout)
+    up, down = _plain.factors(module, layout)
     stem = _stem(module, adapter, layout)
     if stem is None:
-        keys = [str(each.target) for each in adapter.modules.values() if _stem(each, adapter, layout) is None]
         what = "weights other than the attention of a UNet and of its text encoders"
-        raise cannot_hold(layout, what, keys, "Write it as diffusers, whose later names have room for all")
+        todo = "Write it as diffusers, whose later names have room for all"
+        raise cannot_hold(layout, what, [str(module.target)], todo)
     return [down.renamed(f"{stem}.down.weight"), up.renamed(f"{stem}.up.weight")]
 
 

@@ -63,13 +63,13 @@ def _numbers(arch: str, gated: bool) -> Mapping[Target, tuple[str, int]]:
 
 
 def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef]:
-    up, down = _plain.factors(module, adapter, layout)
+    up, down = _plain.factors(module, layout)
     numbers = _numbers(adapter.arch, _gated(adapter))
     if module.target not in numbers:
         raise cannot_hold(
             layout,
             "weights that its order does not number",
-            [str(target) for target in adapter.modules if target not in numbers],
+            [str(module.target)],
             "Only the attention and the gate (ff.net.0.proj) of Stable Diffusion 1 and 2 have numbers",
         )
     component, number = numbers[module.target]

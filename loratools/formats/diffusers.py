@@ -142,7 +142,7 @@ def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef
     stem = _prefix(module, adapter, layout) + _NAMING.body(module, adapter, layout)
     if module.kind == "lokr":
         return _lokr(stem, module, adapter, layout)
-    _spell.refuse_kind(stem, module, ("lora",), layout)
+    _spell.refuse_kind(module, ("lora",), layout)
     tensors = _spell.factors(stem, module, _suffixes_of(module, layout), layout)
     if module.magnitude is not None:
         magnitude = _names.peft_magnitude(module.magnitude, module, layout)
@@ -153,7 +153,7 @@ def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef
 def _lokr(stem: str, module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef]:
     """A LoKr, which two architectures' loaders take at a scale of 1, in files of nothing else."""
     if adapter.arch not in _LOKR_ARCHS or adapter.kinds.keys() != {"lokr"}:
-        what = f"what {stem} has: LoKr factors, unless all modules are LoKr and of {' or '.join(_LOKR_ARCHS)}"
+        what = f"LoKr factors, unless all modules are LoKr and of {' or '.join(_LOKR_ARCHS)}"
         raise cannot_hold(layout, what, [ref.name or role for role, ref in module.factors.items()])
     return _spell.factors(stem, module, _suffixes.LOKR, layout)
 

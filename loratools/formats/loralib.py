@@ -49,7 +49,8 @@ def _keyed(stem: str, up: TensorRef, down: TensorRef, layout: Layout) -> list[Te
 
 
 def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef]:
-    up, down = _plain.factors(module, adapter, layout)
+    up, down = _plain.factors(module, layout)
+    _refuse_second_component(module, adapter, layout)
     if module.target.rows is not None:
         # Its weight is written as a whole at the end, from all its parts.
         return []
@@ -59,7 +60,6 @@ def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef
 def _finisher(adapter: Adapter, tensors: list[TensorRef], layout: Layout) -> Document:
     from loratools.formats import _grouped
 
-    _refuse_components(adapter, layout)
     for path, modules in _grouped.by_weight(adapter.modules.values()).items():
         stacked = _grouped.stack(modules) if layout.variant != "transposed" else None
         if stacked is None:
@@ -69,18 +69,13 @@ def _finisher(adapter: Adapter, tensors: list[TensorRef], layout: Layout) -> Doc
     return Document(tuple(tensors), _carried.metadata(adapter))
 
 
-def _refuse_components(adapter: Adapter, layout: Layout) -> None:
-    """Refuse what a reader could not tell from another component: names have no prefix."""
-    components = adapter.components()
-    known = archs.get(adapter.arch).components[0].name
-    if len(components) == 1 and (
-        known in components or _names.component(adapter.arch, next(iter(components))) is None
-    ):
-        return
-    keys = [f"{name}: {len(modules)} modules" for name, modules in components.items() if name != known]
-    raise cannot_hold(
-        layout, "components without a prefix to tell them by", keys, "Write it in another layout"
-    )
+def _refuse_second_component(module: Module, adapter: Adapter, layout: Layout) -> None:
+    """Refuse a module that a reader would take for the first component's: names have no prefix."""
+    own, table = module.target.component, archs.get(adapter.arch)
+    only = table.components[0].name if table.has_table else _names.main_component(adapter)
+    if own != only:
+        what = f"a {own}, which only a prefix would tell from a {only}"
+        raise cannot_hold(layout, what, [str(module.target)], "Write it in another layout")
 
 
 FORMAT = Format(

@@ -43,14 +43,21 @@ def _scaler(group: Group, component: str, rank: int, facts: Facts) -> Scale:  # 
     return _peft_config.scale(facts.config, group.name, rank)
 
 
-def path_of(module: Module, adapter: Adapter, layout: Layout) -> str:
+def _prefix(arch: str, component: str) -> str:
+    row = _names.component(arch, component)
+    return (row.prefix("peft") if row is not None else "") or _PREFIX
+
+
+def _path(module: Module, adapter: Adapter, layout: Layout) -> str:
     """The module's dotted path in the base model as PEFT sees it."""
-    return _NAMING.body(module, adapter, layout)
+    within = _prefix(adapter.arch, module.target.component).removeprefix(_PREFIX)
+    return within + _NAMING.body(module, adapter, layout)
 
 
 def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef]:
-    stem = _PREFIX + path_of(module, adapter, layout)
-    _spell.refuse_kind(stem, module, ("lora", "adalora"), layout)
+    _refuse_second_component(module, adapter, layout)
+    stem = _PREFIX + _path(module, adapter, layout)
+    _spell.refuse_kind(module, ("lora", "adalora"), layout)
     suffixes = {**_SUFFIXES, **_suffixes.PEFT_EMBEDDING} if module.op == "embedding" else _SUFFIXES
     tensors = _spell.factors(stem, module, suffixes, layout)
     if module.magnitude is not None:
@@ -59,12 +66,16 @@ def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef
     return tensors
 
 
+def _refuse_second_component(module: Module, adapter: Adapter, layout: Layout) -> None:
+    """Refuse a module of a second component under the same prefix: a folder is of one model."""
+    own, main = module.target.component, _names.main_component(adapter)
+    if own != main and _prefix(adapter.arch, own) == _prefix(adapter.arch, main):
+        what = f"more than one component: a {own} beside a {main}"
+        raise cannot_hold(layout, what, [str(module.target)], "Write it as kohya or diffusers instead")
+
+
 def _finisher(adapter: Adapter, tensors: list[TensorRef], layout: Layout) -> Document:
-    components = list(adapter.components())
-    if len(components) > 1:
-        keys = [f"{name}: {len(modules)} modules" for name, modules in adapter.components().items()]
-        raise cannot_hold(layout, "more than one component", keys, "Write it as kohya or diffusers instead")
-    named = [(path_of(module, adapter, layout), module) for module in adapter.modules.values()]
+    named = [(_path(module, adapter, layout), module) for module in adapter.modules.values()]
     start, keep = _start(adapter, {path for path, _ in named})
     config = _peft_config.build(
         named, start, keep_targets=keep, keep_training=not _carried.is_merged(adapter)

@@ -32,13 +32,13 @@ def _numbers() -> Mapping[Target, int]:
     return {Target(place.component, place.path, place.rows): number for number, place in enumerate(places)}
 
 
-def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef]:
-    up, down = _plain.factors(module, adapter, layout)
+def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef]:  # noqa: ARG001
+    up, down = _plain.factors(module, layout)
     number = _numbers().get(module.target)
     if number is None:
-        keys = [str(target) for target in adapter.modules if target not in _numbers()]
         what = "weights other than q and v of an image encoder's attention"
-        raise cannot_hold(layout, what, keys, "Choose a layout that names its modules with --to")
+        todo = "Choose a layout that names its modules with --to"
+        raise cannot_hold(layout, what, [str(module.target)], todo)
     return [down.renamed(f"w_a_{number:03d}"), up.renamed(f"w_b_{number:03d}")]
 
 

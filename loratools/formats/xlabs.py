@@ -30,12 +30,11 @@ def _name(module: Module, adapter: Adapter) -> str | None:
 
 
 def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef]:
-    up, down = _plain.factors(module, adapter, layout)
+    up, down = _plain.factors(module, layout)
     stem = _name(module, adapter)
     if stem is None:
-        keys = [str(each.target) for each in adapter.modules.values() if _name(each, adapter) is None]
         what = "weights other than Flux's attention (qkv and proj of its blocks)"
-        raise cannot_hold(layout, what, keys, "Write it as kohya, comfy or diffusers instead")
+        raise cannot_hold(layout, what, [str(module.target)], "Write it as kohya, comfy or diffusers instead")
     return [down.renamed(f"{stem}.down.weight"), up.renamed(f"{stem}.up.weight")]
 
 

@@ -177,7 +177,7 @@ def needed(module: Module, base: torch.Tensor | None, title: str) -> torch.Tenso
     """
     if base is None:
         raise UnsupportedKindError(
-            f"{module.target}: the ΔW of a {title} module depends on the base weight",
+            f"{module.target}: the ΔW of {title} modules depends on the base weight",
             keys=[ref.name for _, ref in module.tensors() if ref.name],
             expected="The weight that the adapter was trained on was expected",
             todo="Give the base model with --base",

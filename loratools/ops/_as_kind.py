@@ -12,12 +12,13 @@ from loratools.io.base import Base
 from loratools.kinds import lora
 from loratools.model import Adapter, Module, Target
 from loratools.ops._base_weights import Weights
+from loratools.ops._device import home, on, usable
 from loratools.ops.as_lora import to_lora
 from loratools.ops.results import Conversion
 
 
 def as_lora(
-    adapter: Adapter, *, rank: int | None, base: Base | None, dtype: str | None
+    adapter: Adapter, *, rank: int | None, base: Base | None, dtype: str | None, device: str = "auto"
 ) -> tuple[Adapter, dict[str, Module], list[Conversion]]:
     """The adapter with every module turned into LoRA.
 
@@ -28,6 +29,7 @@ def as_lora(
         rank: Of the result, at most, a count; None: as many as ΔW has, which is exact.
         base: The base model, for kinds that need it.
         dtype: The store dtype ("F16", …), or None for each module's own.
+        device: Where to compute.
 
     Returns:
         The adapter, its former modules by target, and what was done to each.
@@ -35,6 +37,7 @@ def as_lora(
     Raises:
         UnsupportedKindError: A module has no ΔW that could be computed, or needs the base; all are named.
     """
+    place = usable(device)
     weights = Weights(base, adapter.arch) if base is not None else None
     modules: dict[Target, Module] = {}
     before: dict[str, Module] = {}
@@ -49,12 +52,16 @@ def as_lora(
         ):
             continue
         try:
-            found = to_lora(module, rank=rank, base=_base(module, weights), dtype=dtype)
+            weight = _base(module, weights)
+            with torch.device(place):
+                moved = weight.to(place) if weight is not None else None
+                given = on(module, place)
+                found = to_lora(given, rank=rank, base=moved, dtype=dtype)
         except UnsupportedKindError as error:
             failed.append((module, error))
             continue
-        if found.module is not module:
-            modules[target] = found.module
+        if found.module is not given:
+            modules[target] = found.module if place == "cpu" else home(found.module)
             before[str(target)] = module
             kind = "dora" if module.magnitude is not None else module.kind
             done.append(Conversion(str(target), kind, found.module.rank or 0, found.error, found.exact))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import math
 from collections import Counter
@@ -16,6 +15,7 @@ from loratools import formats, kinds, methods
 from loratools.errors import LayoutError, OptionError, UnsupportedKindError
 from loratools.model import Adapter, Layout, Module
 from loratools.ops import align, files
+from loratools.ops._device import usable
 from loratools.ops._weights import Spec, Weigh, weigher
 
 # Broken or superseded spellings are not written anew: their layout's present one is.
@@ -175,13 +175,9 @@ def _layout(adapters: Sequence[Adapter], name: str | None) -> Layout:
 
 
 def _device(name: str, method: methods.Method) -> str:
-    if name != "auto":
-        with contextlib.suppress(RuntimeError, AssertionError):
-            torch.empty(0, device=name)
-            return name
-        raise OptionError(f"the device {name!r} cannot be used here", candidates=["auto", "cpu"])
     # Lossless methods work on small matrices, which cost more to move than to compute with.
-    return "cuda" if not method.lossless and torch.cuda.is_available() else "cpu"
+    fastest = "cuda" if not method.lossless and torch.cuda.is_available() else "cpu"
+    return usable(name, auto=fastest)
 
 
 def refuse(asked: Request) -> None:

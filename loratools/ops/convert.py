@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from loratools import formats
+from loratools import formats, kinds
 from loratools.errors import ConversionError, LayoutError, OptionError
 from loratools.formats import Document, Format
 from loratools.formats._scaling import refuse_nonfinite
@@ -58,6 +58,7 @@ def convert(
     rank: int | None = None,
     base: files.PathLike | None = None,
     drop: Iterable[str] = (),
+    device: str = "auto",
     container: str = "safetensors",
 ) -> Converted:
     """An adapter in another layout.
@@ -73,6 +74,7 @@ def convert(
             own, and kinds whose ΔW depends on the base weight become LoRA with it.
         drop: What may be left out where the layout cannot hold it: "extras", "magnitude", "bias", "norm", a kind, a
             component, or "unnamed" for weights that the layout has no names for.
+        device: Where modules are turned into LoRA: "auto", "cpu", "cuda", "cuda:N" or "mps".
         container: "safetensors", or "pickle" where the layout has such a form.
 
     Raises:
@@ -86,7 +88,7 @@ def convert(
     refuse_nonfinite(adapter)
     goal = files.layout_of(form, container)
     known = keys_of(base) if base is not None else None
-    ready, origins, conversions = _as_kind(_against(adapter, known), as_kind, rank, known, dtype)
+    ready, origins, conversions = _as_kind(_against(adapter, known), as_kind, rank, known, dtype, device)
     regrouped = _regroup.regroup(ready, form)
     store = files.STORE_DTYPES.get(dtype, "")
     fitted = [_fit.fit(step, ready, goal, form, fold=fold, dtype=store) for step in regrouped.steps]
@@ -100,6 +102,7 @@ def convert(
         )
     kept = _fit.without(replace(ready, modules=modules, order=()), extras)
     document = formats.document(kept, goal, form)
+    provable = _provable(origins, conversions)
     ledger = _ledger.Ledger()
     ledger.dropped(dropped)
     for each in fitted:
@@ -111,8 +114,8 @@ def convert(
         kept,
         document,
         ledger.closed(adapter),
-        tuple(_expected(fitted)),
-        _rounded(fitted, store, ready.arch),
+        tuple(_expected(fitted, provable)),
+        _rounded(fitted, store, ready.arch, provable),
         tuple(conversions),
         tuple(dict.fromkeys((*ready.notes, *regrouped.notes))),
     )
@@ -147,7 +150,7 @@ def _against(adapter: Adapter, base: Base | None) -> Adapter:
 
 
 def _as_kind(
-    adapter: Adapter, kind: str | None, rank: int | None, base: Base | None, dtype: str
+    adapter: Adapter, kind: str | None, rank: int | None, base: Base | None, dtype: str, device: str
 ) -> tuple[Adapter, dict[str, Module], list[Conversion]]:
     """The adapter with its modules turned into LoRA where that was asked for, and what they were before."""
     if kind is None:
@@ -158,7 +161,8 @@ def _as_kind(
         raise OptionError(f"modules cannot be turned into {kind!r}", candidates=["lora"])
     from loratools.ops import _as_kind
 
-    return _as_kind.as_lora(adapter, rank=rank, base=base, dtype=files.STORE_DTYPES.get(dtype))
+    store = files.STORE_DTYPES.get(dtype)
+    return _as_kind.as_lora(adapter, rank=rank, base=base, dtype=store, device=device)
 
 
 def _extras(adapter: Adapter, goal: Layout, form: Format) -> tuple[dict[str, TensorRef], list[_fit.Misfit]]:
@@ -184,7 +188,17 @@ def _modules(fitted: Sequence[_fit.Fitted], store: str) -> dict[Target, Module]:
     return found
 
 
-def _expected(fitted: Sequence[_fit.Fitted]) -> list[Module]:
+def _provable(origins: Mapping[str, Module], conversions: Sequence[Conversion]) -> dict[str, Module]:
+    """Modules that became LoRA exactly, whose former ΔW can be compared with the result's: it needs no base."""
+    exact = {each.target for each in conversions if each.exact}
+    return {
+        target: module
+        for target, module in origins.items()
+        if target in exact and module.magnitude is None and not kinds.get(module.kind).needs_base
+    }
+
+
+def _expected(fitted: Sequence[_fit.Fitted], provable: Mapping[str, Module]) -> list[Module]:
     """What the result is compared with: the input's own modules, or their pieces where something was left out."""
     by_weight: dict[tuple[str, str], list[_fit.Fitted]] = {}
     for each in fitted:
@@ -195,13 +209,16 @@ def _expected(fitted: Sequence[_fit.Fitted]) -> list[Module]:
         whole = not any(each.misfits for each in group)
         for each in group:
             if whole:
-                expected.update({source.target: source for source in each.step.sources})
+                for source in each.step.sources:
+                    expected[source.target] = provable.get(str(source.target), source)
             elif each.module is not None:
                 expected[each.module.target] = each.module
     return list(expected.values())
 
 
-def _rounded(fitted: Sequence[_fit.Fitted], store: str, arch: str) -> dict[tuple[str, str], str]:
+def _rounded(
+    fitted: Sequence[_fit.Fitted], store: str, arch: str, provable: Mapping[str, Module]
+) -> dict[tuple[str, str], str]:
     """The weights whose values may have been rounded, and to which store dtype."""
     found: dict[tuple[str, str], str] = {}
     for each in fitted:
@@ -210,7 +227,7 @@ def _rounded(fitted: Sequence[_fit.Fitted], store: str, arch: str) -> dict[tuple
         written = least_precise(each.module)
         if store and _cuts(each.module, store):
             found[weight_of(each.module, arch)] = store
-        elif each.rounded:
+        elif each.rounded or any(str(source.target) in provable for source in each.step.sources):
             found[weight_of(each.module, arch)] = store or written
     return found
 
@@ -280,7 +297,8 @@ def convert_file(
 
     def prove(written: str) -> None:
         if check:
-            found.append(verify(adapter, converted, files.load(written, arch=_forced(adapter))))
+            after = files.load(written, arch=_forced(adapter), embedded=True)
+            found.append(verify(adapter, converted, after))
 
     if dry_run:
         if check:

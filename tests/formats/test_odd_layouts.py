@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import loratools as lt
 from loratools import formats, io
 from loratools.errors import LayoutError, NotAnAdapterError, ShapeError
 from loratools.formats._parse import split
-from loratools.model import Layout, Rows
+from loratools.model import Layout, Rows, Target
 from loratools.ops import files
 
 
@@ -28,6 +28,16 @@ def pair(shape: tuple[int, int], seed: int, rank: int = 2) -> tuple[torch.Tensor
 def loaded(path: Path, tensors: Mapping[str, torch.Tensor], arch: str | None = None) -> lt.Adapter:
     make.write_safetensors(path, tensors, None)
     return lt.load(path, arch=arch)
+
+
+def directly(adapter: lt.Adapter, layout: str) -> formats.Document:
+    """The adapter named anew by the layout alone, without conversion."""
+    return formats.document(replace(adapter, order=()), Layout(layout), formats.get(layout))
+
+
+def keys_of(adapter: lt.Adapter, targets: Iterable[Target]) -> set[str]:
+    """The input's keys of some modules."""
+    return {ref.name for target in targets for _, ref in adapter.modules[target].tensors()}
 
 
 def contents(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
@@ -105,11 +115,17 @@ def test_xlabs_is_written_under_its_names(tmp_path: Path) -> None:
 
 def test_xlabs_names_all_that_it_has_no_name_for(tmp_path: Path) -> None:
     made = make.kohya(tmp_path / "a.safetensors", "flux", alpha=4.0)
+    adapter = lt.load(made.path, arch="flux")
+    inside = ("attn.qkv", "img_attn.proj", "linear2")
+    outside = [target for target in adapter.modules if not target.path.endswith(inside)]
     with pytest.raises(LayoutError, match="other than Flux's attention") as caught:
-        lt.save(lt.load(made.path, arch="flux"), tmp_path / "b.safetensors", layout="xlabs")
-    assert "double_blocks.0.img_mlp.0" in caught.value.keys
-    assert "text_model.encoder.layers.0.self_attn.q_proj" in caught.value.keys
-    assert "double_blocks.0.img_attn.qkv" not in caught.value.keys
+        directly(adapter, "xlabs")
+    assert set(caught.value.keys) == {str(target) for target in outside}
+    # The adapter of a whole linear1 changes its attention's rows too, and the rest has no place.
+    with pytest.raises(LayoutError, match="other than Flux's attention") as caught:
+        lt.save(adapter, tmp_path / "b.safetensors", layout="xlabs")
+    assert set(caught.value.keys) == keys_of(adapter, outside)
+    assert not (tmp_path / "b.safetensors").exists()
 
 
 @pytest.mark.peers
@@ -123,35 +139,77 @@ def test_xlabs_means_what_diffusers_reads_in_it(tmp_path: Path) -> None:
     make.assert_close(make.whole(adapter), make.whole(reference))
 
 
-# What layouts without alpha refuse
+# What layouts without alpha cannot name, and what is folded into the factors on the way there
 
 
 @pytest.mark.parametrize("layout", ["xlabs", "attn-procs", "cloneofsimo", "loralib", "sam"])
-def test_a_scale_without_a_place_is_refused_with_every_module_named(layout: str, tmp_path: Path) -> None:
+def test_a_scale_without_a_place_is_not_named_away(layout: str, tmp_path: Path) -> None:
     made = make.kohya(tmp_path / "a.safetensors", alpha=2.0, rank=4, only=["attn1", "attn2"])
     with pytest.raises(LayoutError, match="scale other than 1") as caught:
-        lt.save(lt.load(made.path), tmp_path / "b.safetensors", layout=layout)
+        directly(lt.load(made.path), layout)
     assert "loratools convert" in str(caught.value)
     assert len(caught.value.keys) == len(made.deltas)
-    assert not (tmp_path / "b.safetensors").exists()
 
 
 @pytest.mark.parametrize(
-    ("what", "changes"),
+    ("layout", "arch", "only"),
     [
-        ("DoRA magnitudes", {"dora": "out", "only": ["attn1"]}),
-        ("kind loha", {"kind": "loha", "only": ["attn1"]}),
-        ("convolutions", {"only": ["in_layers_2"]}),
+        ("attn-procs", "sd15", ["attn1", "attn2"]),
+        ("loralib", "sd15", ["unet_down_blocks_0_attentions"]),
+        ("xlabs", "flux", ["attn_qkv", "img_attn_proj"]),
+    ],
+)
+@pytest.mark.parametrize("alpha", [2.0, -1.0, 0.0, 3.0])
+def test_a_scale_without_a_place_is_folded(
+    layout: str, arch: str, only: list[str], alpha: float, tmp_path: Path
+) -> None:
+    made = make.kohya(tmp_path / "a.safetensors", arch, alpha=alpha, rank=4, only=only)
+    if arch == "sd15":
+        # Such layouts have no convolutions.
+        flat = {
+            key: value for key, value in made.tensors.items() if "proj_in" not in key and "conv" not in key
+        }
+        make.write_safetensors(made.path, flat, None)
+    adapter = lt.load(made.path, arch=arch)
+    lt.save(adapter, tmp_path / "b.safetensors", layout=layout)
+    written, _ = make.read_safetensors(tmp_path / "b.safetensors")
+    assert not [key for key in written if key.endswith("alpha")]
+    again = lt.load(tmp_path / "b.safetensors", arch=arch)
+    assert {module.scale for module in again.modules.values()} == {1.0}
+    # Powers of two round nothing.
+    rtol = 1e-6 if alpha == 3.0 else 0.0
+    for target, module in adapter.modules.items():
+        up, down = (make.f64(module.factors[role].load()) for role in ("up", "down"))
+        found = again.modules[target].factors
+        product = make.f64(found["up"].load()) @ make.f64(found["down"].load())
+        np.testing.assert_allclose(product, alpha / 4 * (up @ down), rtol=rtol, atol=1e-7 if rtol else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("what", "keys", "changes"),
+    [
+        ("DoRA magnitudes", ("dora_scale",), {"dora": "out", "only": ["attn1"]}),
+        (
+            "kind loha",
+            ("alpha", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+            {"kind": "loha", "only": ["attn1"]},
+        ),
+        ("convolutions", ("alpha", "lora_up.weight", "lora_down.weight"), {"only": ["in_layers_2"]}),
     ],
 )
 def test_what_is_more_than_a_product_is_refused(
-    what: str, changes: dict[str, object], tmp_path: Path
+    what: str, keys: tuple[str, ...], changes: dict[str, object], tmp_path: Path
 ) -> None:
     made = make.kohya(tmp_path / "a.safetensors", "sdxl", alpha=4.0, **changes)  # type: ignore[arg-type]
     adapter = lt.load(made.path, arch="sdxl")
+    (stem,) = {key.partition(".")[0] for key in made.tensors}
     for layout in ("attn-procs", "loralib"):
         with pytest.raises(LayoutError, match=what):
+            directly(adapter, layout)
+        with pytest.raises(LayoutError, match="--drop") as caught:
             lt.save(adapter, tmp_path / "b.safetensors", layout=layout)
+        assert set(caught.value.keys) == {f"{stem}.{key}" for key in keys}
+    assert not (tmp_path / "b.safetensors").exists()
 
 
 # diffusers' attention processors
@@ -182,12 +240,17 @@ def test_attention_is_written_as_processors_and_read_as_diffusers(arch: str, tmp
 
 def test_all_that_has_no_processor_is_named(tmp_path: Path) -> None:
     made = make.kohya(tmp_path / "a.safetensors", alpha=4.0, only=["attn1", "attn2", "ff_net", "mlp"])
-    with pytest.raises(LayoutError, match="other than the attention") as caught:
-        lt.save(lt.load(made.path), tmp_path / "b.safetensors", layout="attn-procs")
-    assert caught.value.keys == (
+    adapter = lt.load(made.path)
+    outside = (
         "input_blocks.1.1.transformer_blocks.0.ff.net.0.proj",
         "text_model.encoder.layers.0.mlp.fc1",
     )
+    with pytest.raises(LayoutError, match="other than the attention") as caught:
+        directly(adapter, "attn-procs")
+    assert caught.value.keys == outside
+    with pytest.raises(LayoutError, match="other than the attention") as caught:
+        lt.save(adapter, tmp_path / "b.safetensors", layout="attn-procs")
+    assert set(caught.value.keys) == keys_of(adapter, [t for t in adapter.modules if t.path in outside])
 
 
 @pytest.mark.peers
@@ -331,9 +394,15 @@ def test_a_computed_adapter_in_the_transposed_form_stays_transposed(tmp_path: Pa
 def test_loralib_has_no_prefix_for_a_second_component(tmp_path: Path) -> None:
     made = make.kohya(tmp_path / "a.safetensors", alpha=4.0, only=["attn1", "self_attn"])
     adapter = lt.load(made.path, arch="sd15")
-    with pytest.raises(LayoutError, match="components without a prefix") as caught:
-        lt.save(adapter, tmp_path / "b.safetensors", layout="loralib")
-    assert caught.value.keys == ("text_encoder: 1 modules",)
+    encoder = [target for target in adapter.modules if target.component == "text_encoder"]
+    with pytest.raises(LayoutError, match="a text_encoder, which only a prefix would tell") as caught:
+        directly(adapter, "loralib")
+    assert caught.value.keys == tuple(map(str, encoder))
+    alone = replace(adapter, modules={target: adapter.modules[target] for target in encoder}, order=())
+    for each in (adapter, alone):
+        with pytest.raises(LayoutError, match="--drop") as caught:
+            lt.save(each, tmp_path / "b.safetensors", layout="loralib")
+        assert set(caught.value.keys) == keys_of(adapter, encoder)
 
 
 # The LoRA inside an IP-Adapter

@@ -209,8 +209,12 @@ def test_every_module_outside_the_order_is_named(tmp_path: Path) -> None:
     outside = [("down_blocks.0.attentions.0.proj_in", (BASE, BASE)), ("conv_out", (4, BASE))]
     adapter = loaded(tmp_path / "a.safetensors", named([*inside, *outside]))
     with pytest.raises(LayoutError, match="its order does not number") as caught:
-        lt.save(adapter, tmp_path / "b.safetensors", layout="cloneofsimo")
+        formats.document(adapter, Layout("cloneofsimo"), formats.get("cloneofsimo"))
     assert caught.value.keys == ("input_blocks.1.1.proj_in", "out.2")
+    with pytest.raises(LayoutError, match="its order does not number") as caught:
+        lt.save(adapter, tmp_path / "b.safetensors", layout="cloneofsimo")
+    assert set(caught.value.keys) == named(outside).keys()
+    assert not (tmp_path / "b.safetensors").exists()
     sdxl = make.kohya(tmp_path / "c.safetensors", "sdxl", alpha=4.0, only=["attn"])
     with pytest.raises(LayoutError, match="its order does not number"):
         lt.save(lt.load(sdxl.path), tmp_path / "d.safetensors", layout="cloneofsimo")
@@ -391,4 +395,26 @@ def test_sam_holds_all_blocks_and_nothing_else(tmp_path: Path) -> None:
     other = make.kohya(tmp_path / "b.safetensors", alpha=4.0, only=["attn1", "attn2"])
     with pytest.raises(LayoutError, match="other than q and v") as caught:
         lt.save(lt.load(other.path), tmp_path / "c.safetensors", layout="sam")
-    assert len(caught.value.keys) == len(other.deltas)
+    assert set(caught.value.keys) == other.tensors.keys()
+
+
+@pytest.mark.parametrize("scale", [0.5, -8.0, 0.75])
+@pytest.mark.parametrize("layout", ["cloneofsimo", "sam"])
+def test_a_scale_is_folded_into_what_is_numbered(layout: str, scale: float, tmp_path: Path) -> None:
+    tensors = sam(12, 768) if layout == "sam" else numbered(shape for _, shape in unet())
+    whole = loaded(tmp_path / "a.safetensors", tensors)
+    scaled = {target: module._replace(scale=scale) for target, module in whole.modules.items()}
+    adapter = replace(whole, modules=scaled, order=(), layout=Layout("diffusers", "peft-keys"))
+    with pytest.raises(LayoutError, match="scale other than 1") as caught:
+        formats.document(adapter, Layout(layout), formats.get(layout))
+    assert len(caught.value.keys) == len(whole.modules)
+    lt.save(adapter, tmp_path / "b.safetensors", layout=layout)
+    again = lt.load(tmp_path / "b.safetensors")
+    assert set(again.modules) == set(whole.modules)
+    assert {module.scale for module in again.modules.values()} == {1.0}
+    for target, module in list(again.modules.items())[:5]:
+        products = [
+            make.f64(each["up"].load()) @ make.f64(each["down"].load())
+            for each in (module.factors, whole.modules[target].factors)
+        ]
+        make.np.testing.assert_allclose(products[0], scale * products[1], rtol=1e-6 if scale == 0.75 else 0.0)

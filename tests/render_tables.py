@@ -1,0 +1,227 @@
+"""The documentation's tables of what can be written, from the code: ``python -m tests.render_tables`` writes them.
+
+Each stands between ``<!-- table: name -->`` and ``<!-- /table -->``. Nothing in them is read off the declarations: a
+module of every component, and of every kind, is given to every layout to write, as ``convert`` gives it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from loratools import archs, formats
+from loratools.archs import Arch, Component
+from loratools.errors import LayoutError, LoraError
+from loratools.formats._base import Format
+from loratools.formats._positions import sam_place
+from loratools.model import Adapter, Layout, Module, Target
+from tests.kinds import samples
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# In the order in which people look for them; a test compares them with the layouts that there are.
+LAYOUTS = (
+    *("kohya", "diffusers", "peft", "comfy", "onetrainer", "ai-toolkit", "musubi", "lycoris"),
+    *("xlabs", "attn-procs", "cloneofsimo", "loralib", "sam"),
+)
+# The layouts whose prefixes differ from component to component.
+PREFIXED = ("kohya", "lycoris", "onetrainer", "diffusers", "ai-toolkit", "comfy")
+
+# Readers tell what their numbers mean by shapes, which these modules do not have.
+NUMBERED = ("cloneofsimo", "sam")
+
+# Where no table has names: some of each architecture's own.
+OWN_NAMES = {
+    "llm": ("model.layers.0.self_attn.q_proj", "transformer.h.0.attn.c_attn"),
+    "speech": ("model.encoder.layers.0.self_attn.q_proj",),
+    "vision": ("vision_model.encoder.layers.0.self_attn.q_proj",),
+    "unknown": ("blocks.0.attn.qkv",),
+}
+# What readers call the networks of a model that nobody has described.
+UNKNOWN = ("model", "denoiser", "text_encoder")
+
+LORA = "LoRA"
+# Samples of tests.kinds, by what the table calls them.
+KINDS = {
+    LORA: "lora",
+    "LoRA on convolutions (LoCon)": "lora-conv",
+    "LoRA on convolutions with `lora_mid`": "lora-mid",
+    "AdaLoRA": "adalora",
+    "LoHa": "loha",
+    "LoHa with `hada_t1`, `hada_t2`": "loha-tucker",
+    "LoKr": "lokr",
+    "LoKr with `lokr_t2`": "lokr-tucker",
+    "OFT of Kohya and LyCORIS": "oft-diag",
+    "BOFT": "boft",
+    "OFT of PEFT and OneTrainer": "oft-peft",
+    "GLoRA": "glora",
+    "(IA)³ of LyCORIS": "ia3-out",
+    "full differences": "full",
+    "a sparse residual beside LoRA": "sparse",
+}
+_PLAIN = samples.sample("lora").module._replace(scale=1.0)
+
+ALL, SOME, NO = "all", "some", "–"
+
+
+def targets(arch: Arch, component: str, form: Format, blocks: int) -> list[Target]:
+    """Weights of so many blocks of a component, in the pieces in which a layout spells them."""
+    owner = next((each for each in arch.components if each.name == component), None)
+    if owner is None or owner.table is None:
+        places = [sam_place(number) for number in range(blocks)] if arch.name == "vision" else []
+        own = [Target(component, name) for name in OWN_NAMES[arch.name]]
+        return [*own, *(Target(place.component, place.path, place.rows) for place in places)]
+    dialect = owner.dialect(form.name, form.dialect)
+    natives = [native for native, _ in owner.table.rows]
+    paths = dict.fromkeys(native.replace("{}", str(number)) for native in natives for number in range(blocks))
+    return [Target(component, path, rows) for path in paths for rows in owner.table.pieces(path, dialect)]
+
+
+def spelt(form: Format, module: Module, arch: str) -> bool:
+    """Whether a layout has names and places for all that a module has."""
+    adapter = Adapter({module.target: module}, arch=arch)
+    try:
+        return (
+            form.speller is not None
+            and not form.lacking(module)
+            and form.speller(module, adapter, Layout(form.name)) is not None
+        )
+    except LayoutError:
+        return False
+
+
+def holds(arch: Arch, component: str, form: Format) -> list[Target]:
+    """The weights of a component that a layout can write, and that are found again; none if it can write none."""
+    # Layouts that number their modules cannot leave any out.
+    for blocks in (1, 24):
+        named = [
+            each for each in targets(arch, component, form, blocks) if spelt(form, plain(each), arch.name)
+        ]
+        if not named:
+            break
+        if _found_again(Adapter({each: plain(each) for each in named}, arch=arch.name), arch, form):
+            return named
+    return []
+
+
+def _found_again(adapter: Adapter, arch: Arch, form: Format) -> bool:
+    try:
+        document = formats.document(adapter, Layout(form.name), form)
+        if form.name in NUMBERED or not arch.has_table:
+            return True
+        tensors = {ref.name: ref for ref in document.tensors}
+        config = document.config or {}
+        found = formats.read(tensors, metadata=document.metadata, config=config, arch=arch.name)
+    except LoraError:
+        return False
+    return found.modules.keys() == adapter.modules.keys()
+
+
+def plain(target: Target) -> Module:
+    """A LoRA of rank 3 with nothing beside it."""
+    return _PLAIN._replace(target=target)
+
+
+@cache
+def held(arch: str, layout: str) -> dict[str, list[Target]]:
+    """By component, the weights that a layout can write."""
+    table = archs.get(arch)
+    names = UNKNOWN if arch == "unknown" else [each.name for each in table.components]
+    return {name: holds(table, name, formats.get(layout)) for name in names}
+
+
+def layouts() -> Iterator[tuple[str, ...]]:
+    """Architectures by layouts: which components each layout can write."""
+    yield ("architecture", *(f"`{layout}`" for layout in LAYOUTS))
+    for name, arch in archs.all_archs().items():
+        yield (f"`{name}` {arch.title}", *(_summary(held(name, layout)) for layout in LAYOUTS))
+
+
+def _summary(found: dict[str, list[Target]]) -> str:
+    components = [component for component, weights in found.items() if weights]
+    return NO if not components else ALL if len(components) == len(found) else SOME
+
+
+def kinds() -> Iterator[tuple[str, ...]]:
+    """Adapter kinds by layouts: which layouts have names and places for them."""
+    yield ("what", *(f"`{layout}`" for layout in LAYOUTS))
+    for title, module in _samples().items():
+        yield (title, *(_answer(formats.get(layout), module) for layout in LAYOUTS))
+
+
+def _answer(form: Format, module: Module) -> str:
+    places = [
+        (arch, weights[0])
+        for arch in archs.all_archs()
+        for weights in held(arch, form.name).values()
+        if weights
+    ]
+    answers = {spelt(form, module._replace(target=target), arch) for arch, target in places}
+    return ALL if answers == {True} else SOME if True in answers else NO
+
+
+def _samples() -> dict[str, Module]:
+    """A module of every kind and form at a scale of 1, by what the table calls it."""
+    vector = samples.ref(np.ones(samples.OUT))
+    across = samples.ref(np.ones((1, samples.IN)))
+    found = {title: samples.sample(name).module for title, name in KINDS.items()}
+    lora = found[LORA]
+    return {
+        title: module._replace(scale=1.0, alpha=None)
+        for title, module in {
+            **found,
+            "LoRA on embeddings": lora._replace(op="embedding", in_first=True),
+            "DoRA, a norm per output": lora._replace(magnitude=vector, magnitude_axis="out"),
+            "DoRA, a norm per input": lora._replace(magnitude=across, magnitude_axis="in"),
+            "LoRA with a bias of PEFT's": lora._replace(factors={**lora.factors, "up_bias": vector}),
+            "LoRA with a bias of LyCORIS'": lora._replace(factors={**lora.factors, "diff_b": vector}),
+        }.items()
+    }
+
+
+def prefixes() -> Iterator[tuple[str, ...]]:
+    """Components by layouts: what stands before a weight's name."""
+    yield ("architecture", "component", *(f"`{layout}`" for layout in PREFIXED))
+    for name, arch in archs.all_archs().items():
+        for component in arch.components if arch.has_table else ():
+            yield (f"`{name}`", component.name, *(_prefix(component, layout) for layout in PREFIXED))
+
+
+def _prefix(component: Component, layout: str) -> str:
+    prefix = component.prefix(layout)
+    return NO if prefix is None else f"`{prefix}`"
+
+
+def table(rows: Iterator[tuple[str, ...]]) -> str:
+    """Rows as Markdown, the first one as the head."""
+    head, *body = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([head, "|" + "---|" * (head.count("|") - 1), *body])
+
+
+TABLES: dict[str, tuple[str, Callable[[], Iterator[tuple[str, ...]]]]] = {
+    "layouts": ("README.md", layouts),
+    "kinds": ("docs/formats.md", kinds),
+    "prefixes": ("docs/architectures.md", prefixes),
+}
+
+
+def block(name: str) -> str:
+    """A table between its markers, as its page should have it."""
+    return f"<!-- table: {name} -->\n{table(TABLES[name][1]())}\n<!-- /table -->"
+
+
+def stands(name: str) -> str:
+    """A table between its markers, as its page has it."""
+    text = (ROOT / TABLES[name][0]).read_text("utf-8")
+    found = re.search(rf"<!-- table: {name} -->.*?<!-- /table -->", text, re.DOTALL)
+    return found[0] if found else ""
+
+
+if __name__ == "__main__":
+    for name, (page, _) in TABLES.items():
+        path = ROOT / page
+        path.write_text(path.read_text("utf-8").replace(stands(name), block(name)), "utf-8", newline="\n")
