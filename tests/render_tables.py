@@ -1,7 +1,7 @@
-"""The documentation's tables of what can be written, from the code: ``python -m tests.render_tables`` writes them.
+"""The documentation's tables that follow from the code: ``python -m tests.render_tables`` writes them.
 
-Each stands between ``<!-- table: name -->`` and ``<!-- /table -->``. Nothing in them is read off the declarations: a
-module of every component, and of every kind, is given to every layout to write, as ``convert`` gives it.
+Each stands between ``<!-- table: name -->`` and ``<!-- /table -->``. What a layout can write is tried, not read off its
+declarations: modules of every component and of every kind are given to it, and what it wrote is read again.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from loratools import archs, formats
 from loratools.archs import Arch, Component
+from loratools.archs._table import Piece, swapped
 from loratools.errors import LayoutError, LoraError
 from loratools.formats._base import Format
 from loratools.formats._positions import sam_place
@@ -68,34 +70,54 @@ _PLAIN = samples.sample("lora").module._replace(scale=1.0)
 ALL, SOME, NO = "all", "some", "–"
 
 
-def targets(arch: Arch, component: str, form: Format, blocks: int) -> list[Target]:
-    """Weights of so many blocks of a component, in the pieces in which a layout spells them."""
+class Held(NamedTuple):
+    """What a layout can write of a component.
+
+    Attributes:
+        weights: Those that it has names for, of one block or more.
+        whole: Whether these are all.
+    """
+
+    weights: tuple[Target, ...]
+    whole: bool
+
+
+def weights(arch: Arch, component: str, blocks: int) -> list[str]:
+    """The paths of a component's weights, of so many blocks."""
     owner = next((each for each in arch.components if each.name == component), None)
     if owner is None or owner.table is None:
-        places = [sam_place(number) for number in range(blocks)] if arch.name == "vision" else []
-        own = [Target(component, name) for name in OWN_NAMES[arch.name]]
-        return [*own, *(Target(place.component, place.path, place.rows) for place in places)]
+        return list(OWN_NAMES[arch.name])
+    natives = dict.fromkeys(native for native, _ in owner.table.rows)
+    paths = [native.replace("{}", str(number)) for native in natives for number in range(blocks)]
+    return list(dict.fromkeys(paths))
+
+
+def targets(arch: Arch, component: str, form: Format, blocks: int) -> list[Target]:
+    """The same in the pieces in which a layout spells them."""
+    if form.name == "sam" and arch.name == "vision":
+        places = [sam_place(number) for number in range(blocks)]
+        return [Target(place.component, place.path, place.rows) for place in places]
+    paths = weights(arch, component, blocks)
+    owner = next((each for each in arch.components if each.name == component), None)
+    if owner is None or owner.table is None:
+        return [Target(component, path) for path in paths]
     dialect = owner.dialect(form.name, form.dialect)
-    natives = [native for native, _ in owner.table.rows]
-    paths = dict.fromkeys(native.replace("{}", str(number)) for native in natives for number in range(blocks))
     return [Target(component, path, rows) for path in paths for rows in owner.table.pieces(path, dialect)]
 
 
 def spelt(form: Format, module: Module, arch: str) -> bool:
     """Whether a layout has names and places for all that a module has."""
-    adapter = Adapter({module.target: module}, arch=arch)
+    if form.speller is None or form.lacking(module):
+        return False
     try:
-        return (
-            form.speller is not None
-            and not form.lacking(module)
-            and form.speller(module, adapter, Layout(form.name)) is not None
-        )
+        form.speller(module, Adapter({module.target: module}, arch=arch), Layout(form.name))
     except LayoutError:
         return False
+    return True
 
 
-def holds(arch: Arch, component: str, form: Format) -> list[Target]:
-    """The weights of a component that a layout can write, and that are found again; none if it can write none."""
+def holds(arch: Arch, component: str, form: Format) -> Held:
+    """The weights of a component that a layout can write, and that are found again."""
     # Layouts that number their modules cannot leave any out.
     for blocks in (1, 24):
         named = [
@@ -104,11 +126,13 @@ def holds(arch: Arch, component: str, form: Format) -> list[Target]:
         if not named:
             break
         if _found_again(Adapter({each: plain(each) for each in named}, arch=arch.name), arch, form):
-            return named
-    return []
+            paths = {each.path for each in named}
+            return Held(tuple(named), paths >= set(weights(arch, component, blocks)))
+    return Held((), False)
 
 
 def _found_again(adapter: Adapter, arch: Arch, form: Format) -> bool:
+    """Whether what a layout writes of an adapter is read as the same weights."""
     try:
         document = formats.document(adapter, Layout(form.name), form)
         if form.name in NUMBERED or not arch.has_table:
@@ -127,23 +151,24 @@ def plain(target: Target) -> Module:
 
 
 @cache
-def held(arch: str, layout: str) -> dict[str, list[Target]]:
-    """By component, the weights that a layout can write."""
-    table = archs.get(arch)
-    names = UNKNOWN if arch == "unknown" else [each.name for each in table.components]
-    return {name: holds(table, name, formats.get(layout)) for name in names}
+def held(arch: str, layout: str) -> dict[str, Held]:
+    """What a layout can write of each component."""
+    known = archs.get(arch)
+    names = UNKNOWN if arch == "unknown" else [each.name for each in known.components]
+    return {name: holds(known, name, formats.get(layout)) for name in names}
 
 
 def layouts() -> Iterator[tuple[str, ...]]:
-    """Architectures by layouts: which components each layout can write."""
+    """Architectures by layouts: whether each layout can write them."""
     yield ("architecture", *(f"`{layout}`" for layout in LAYOUTS))
     for name, arch in archs.all_archs().items():
         yield (f"`{name}` {arch.title}", *(_summary(held(name, layout)) for layout in LAYOUTS))
 
 
-def _summary(found: dict[str, list[Target]]) -> str:
-    components = [component for component, weights in found.items() if weights]
-    return NO if not components else ALL if len(components) == len(found) else SOME
+def _summary(found: dict[str, Held]) -> str:
+    if all(each.whole for each in found.values()):
+        return ALL
+    return SOME if any(each.weights for each in found.values()) else NO
 
 
 def kinds() -> Iterator[tuple[str, ...]]:
@@ -155,10 +180,10 @@ def kinds() -> Iterator[tuple[str, ...]]:
 
 def _answer(form: Format, module: Module) -> str:
     places = [
-        (arch, weights[0])
+        (arch, part.weights[0])
         for arch in archs.all_archs()
-        for weights in held(arch, form.name).values()
-        if weights
+        for part in held(arch, form.name).values()
+        if part.weights
     ]
     answers = {spelt(form, module._replace(target=target), arch) for arch, target in places}
     return ALL if answers == {True} else SOME if True in answers else NO
@@ -188,12 +213,40 @@ def prefixes() -> Iterator[tuple[str, ...]]:
     yield ("architecture", "component", *(f"`{layout}`" for layout in PREFIXED))
     for name, arch in archs.all_archs().items():
         for component in arch.components if arch.has_table else ():
-            yield (f"`{name}`", component.name, *(_prefix(component, layout) for layout in PREFIXED))
+            yield (f"`{name}`", component.name, *(_prefix(arch, component, layout) for layout in PREFIXED))
 
 
-def _prefix(component: Component, layout: str) -> str:
-    prefix = component.prefix(layout)
-    return NO if prefix is None else f"`{prefix}`"
+def _prefix(arch: Arch, component: Component, layout: str) -> str:
+    written = held(arch.name, layout)[component.name].weights
+    if not written:
+        return NO
+    form, target = formats.get(layout), written[0]
+    dialect = component.dialect(layout, form.dialect)
+    body = arch.spell(target.component, target.path, target.rows, dialect) or ""
+    adapter = Adapter({target: plain(target)}, arch=arch.name)
+    key = form.speller(plain(target), adapter, Layout(layout))[-1].name if form.speller else ""
+    start = key.replace(".", "_").rindex(body.replace(".", "_"))
+    return f"`{key[:start]}`"
+
+
+def pieces() -> Iterator[tuple[str, ...]]:
+    """The weights that diffusers splits or stores in another order."""
+    yield ("architecture", "weight", "in diffusers", "rows")
+    for name, arch in archs.all_archs().items():
+        for component in arch.components:
+            for native, twin in component.table.rows if component.table is not None else ():
+                if isinstance(twin, tuple):
+                    names = [piece if isinstance(piece, str) else piece[0] for piece in twin]
+                    yield (f"`{name}`", f"`{native}`", ", ".join(f"`{each}`" for each in names), _rows(twin))
+
+
+def _rows(twin: tuple[Piece, ...]) -> str:
+    if twin == swapped(str(twin[0][0])):
+        return "halves exchanged"
+    shares = [piece[1] if isinstance(piece, tuple) else 1 for piece in twin]
+    if all(isinstance(share, int) for share in shares):
+        return " : ".join(str(share) for share in shares)
+    return ", ".join(str(share) for share in shares)
 
 
 def table(rows: Iterator[tuple[str, ...]]) -> str:
@@ -206,6 +259,7 @@ TABLES: dict[str, tuple[str, Callable[[], Iterator[tuple[str, ...]]]]] = {
     "layouts": ("README.md", layouts),
     "kinds": ("docs/formats.md", kinds),
     "prefixes": ("docs/architectures.md", prefixes),
+    "pieces": ("docs/architectures.md", pieces),
 }
 
 

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from loratools.archs._blocks import Block
-from loratools.archs._names import DIFFUSERS, NATIVE, Name, parse
+from loratools.archs._names import DIFFUSERS, NATIVE, Name, dotted, parse, spoken
 from loratools.archs._rules import Proportion, Resolved, Width, denied_by_width
 from loratools.archs._table import Component
 from loratools.errors import ArchitectureError
@@ -286,9 +286,9 @@ def _as_spelt(spot: _Spot, body: str) -> Resolved:
 
 def _resolved(spot: _Spot, body: str, name: Name, numbers: tuple[str, ...], dialect: str) -> Resolved | None:
     if name.homonyms:
-        name = _spoken(name, dialect or spot.dialect)
+        name = spoken(name, dialect or spot.dialect)
     if name.variants:
-        name = _dotted(name, body, numbers, dialect or spot.dialect)
+        name = dotted(name, body, numbers, dialect or spot.dialect)
     text = name.text % numbers
     if body == text:
         # A name of one segment looks the same with either separator: the prefix tells.
@@ -300,16 +300,3 @@ def _resolved(spot: _Spot, body: str, name: Name, numbers: tuple[str, ...], dial
     path = text if name.text == name.native else name.native % numbers
     dialect = name.dialect or spot.component.kohya_dialect
     return Resolved(spot.component.name, path, name.rows, dialect, spot.prefix, separator)
-
-
-def _spoken(name: Name, dialect: str) -> Name:
-    """What a name means in a dialect; in the first that has it, where this one has it not."""
-    return next((each for each in name.homonyms if each.dialect == dialect), name)
-
-
-def _dotted(name: Name, body: str, numbers: tuple[str, ...], dialect: str) -> Name:
-    """The one of a name's variants that has a body's dots; of a flattened one, that of a dialect."""
-    variants = (name, *name.variants)
-    if "." in body:
-        return next((each for each in variants if each.text % numbers == body), name)
-    return next((each for each in variants if each.dialect == dialect), name)

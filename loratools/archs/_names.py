@@ -135,3 +135,16 @@ def _agreed(known: Name, name: Name) -> Name:
     if any(each.text == name.text for each in known.variants):
         return known
     return known._replace(variants=(*known.variants, name))
+
+
+def spoken(name: Name, dialect: str) -> Name:
+    """What a name means in a dialect; in the first that has it, where this one has it not."""
+    return next((each for each in name.homonyms if each.dialect == dialect), name)
+
+
+def dotted(name: Name, body: str, numbers: tuple[str, ...], dialect: str) -> Name:
+    """The one of a name's variants that has a body's dots; of a flattened one, that of a dialect."""
+    variants = (name, *name.variants)
+    if "." in body:
+        return next((each for each in variants if each.text % numbers == body), name)
+    return next((each for each in variants if each.dialect == dialect), name)

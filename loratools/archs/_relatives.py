@@ -25,9 +25,7 @@ def told_apart(
         The names of those that are left; by what they were told from the others; and for each that was ruled
         out by a single weight, that weight's name.
     """
-    owners = {
-        name: arch for name, arch in archs.items() if not _is_borrowed(arch, explained[name], stems)
-    }
+    owners = {name: arch for name, arch in archs.items() if not _is_borrowed(arch, explained[name], stems)}
     archs = owners or archs
     denied = {name: _denied(arch, explained[name], stems) for name, arch in archs.items()}
     left = [name for name, stem in denied.items() if not stem]
@@ -58,12 +56,8 @@ def _is_borrowed(arch: Arch, explained: Mapping[str, Resolved], stems: _Shapes) 
     """Whether names are in the spelling that this architecture shares with a relative, and no width is its own."""
     if not any(arch.borrows(meaning) for meaning in explained.values()):
         return False
-    widths = ((meaning, stems[stem]) for stem, meaning in explained.items())
-    return not any(
-        shape is not None and rule.size == shape[1] and rule.speaks_of(meaning)
-        for meaning, shape in widths
-        for rule in arch.widths
-    )
+    sizes = {rule.size for rule in arch.widths}
+    return not any(shape is not None and sizes.intersection(shape) for shape in stems.values())
 
 
 def _by_width(archs: Sequence[Arch], explained: _Explained, stems: _Shapes) -> list[str]:

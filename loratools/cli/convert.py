@@ -22,6 +22,20 @@ Examples:
 """
 
 
+def _droppable(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    """Callback of --drop: what nothing is called is wrong usage, whatever the file holds."""
+    if value:
+        from loratools.errors import OptionError
+        from loratools.model import Layout
+        from loratools.ops import _fit
+
+        try:
+            _fit.settle((), value, Layout(""), "")
+        except OptionError as error:
+            raise click.BadParameter(str(error), ctx, param) from None
+    return value
+
+
 @click.command("convert", epilog=_EPILOG)
 @click.argument("path", metavar="IN", type=click.Path(path_type=Path))
 @click.option(
@@ -54,6 +68,7 @@ Examples:
 )
 @click.option(
     "--drop",
+    callback=_droppable,
     multiple=True,
     metavar="KIND",
     help="Leave out what the layout cannot hold: extras, magnitude, bias, norm, unnamed, a kind (loha, full) or a "
@@ -75,6 +90,8 @@ def command(
     kept, or folded into the factors where the layout has no place for it. Every tensor of the input is accounted
     for; what the layout cannot hold is refused, with its keys, unless --drop allows to leave it out.
     """
+    if shared["rank"] is not None and shared["as_kind"] is None:
+        raise click.UsageError("--rank is the rank of what --as makes. Add --as lora.")
     from loratools.ops import convert
 
     with output.progress("converting", quiet=quiet) as progress:

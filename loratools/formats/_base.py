@@ -191,6 +191,7 @@ class Format(NamedTuple):
         adopt: How a tensor of no module from another layout is called here; None where there is no place for it.
         reads_as: The layouts that files written so are recognised as, where that is not its own name.
         parts: Whether it names parts of fused weights where no table does.
+        single: Whether its names do not tell components apart, so that a file is of one.
         pickled: The variant that is written as a pickle, where it has one.
     """
 
@@ -211,10 +212,14 @@ class Format(NamedTuple):
     adopt: Adopter = nowhere
     reads_as: tuple[str, ...] = ()
     parts: bool = False
+    single: bool = False
     pickled: str = ""
 
     def states_scale(self, module: Module) -> bool:
         """Whether the layout has a place for this module's scale."""
+        # Readers make no scale of alpha where there is no rank to divide it by.
+        if not module.rank:
+            return False
         if self.alpha == "config":
             return module.kind in ("lora", "adalora")
         # Layouts that fold LoRA's may state it for kinds that they took over with their alphas.

@@ -38,8 +38,17 @@ _OF_THE_MODULES = frozenset(
     )
 )
 
-_BUNDLE = "bundle_emb."
-_EMBEDDED = "<embed>"
+# What a configuration says of any adapter, made without one to start from.
+_OF_ANY = {"task_type": None, "peft_type": "LORA"}
+
+EMBEDDED = "<embed>"
+"""What cloneofsimo's header says of a token that is stored beside the modules."""
+
+BUNDLE = "bundle_emb."
+"""What Kohya's readers want before an embedding's name."""
+
+PACKED = ".string_to_param.*"
+"""And after it."""
 
 
 def metadata(adapter: Adapter, *, configs_apart: bool = False) -> dict[str, str]:
@@ -56,6 +65,10 @@ def metadata(adapter: Adapter, *, configs_apart: bool = False) -> dict[str, str]
         for key, value in adapter.metadata.items()
         if key not in _STALE and not key.startswith(_HASHES)
     }
+    if adapter.layout.name == "cloneofsimo":
+        from loratools.formats import cloneofsimo
+
+        kept = cloneofsimo.without_marks(kept)
     _kohya_metadata.correct(adapter, kept)
     said = {} if configs_apart else _remembered(adapter)
     if said:
@@ -69,7 +82,11 @@ def _remembered(adapter: Adapter) -> dict[str, dict[str, Any]]:
         component: {key: value for key, value in config.items() if key not in _OF_THE_MODULES}
         for component, config in configs(adapter).items()
     }
-    return {component: config for component, config in kept.items() if config}
+    return {
+        component: config
+        for component, config in kept.items()
+        if any(key not in _OF_ANY or value != _OF_ANY[key] for key, value in config.items())
+    }
 
 
 def configs(adapter: Adapter) -> dict[str, Mapping[str, Any]]:
@@ -114,10 +131,10 @@ def token(ref: TensorRef, adapter: Adapter) -> TensorRef | None:
     cloneofsimo's trainer stores a token's vector (dim,) under the token, which the header marks; A1111 and ComfyUI
     read ``bundle_emb.<name>.string_to_param.*`` of (tokens, dim).
     """
-    if ref.name.startswith(_BUNDLE):
+    if ref.name.startswith(BUNDLE):
         return ref
     # A dot would end the name in the key.
-    named = adapter.metadata.get(ref.name) == _EMBEDDED and "." not in ref.name
+    named = adapter.metadata.get(ref.name) == EMBEDDED and "." not in ref.name
     if named and len(ref.shape) == 1:
-        return ref.reshaped((1, *ref.shape)).renamed(f"{_BUNDLE}{ref.name}.string_to_param.*")
+        return ref.reshaped((1, *ref.shape)).renamed(BUNDLE + ref.name + PACKED)
     return None

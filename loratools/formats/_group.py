@@ -13,7 +13,7 @@ from loratools.tensors import TensorRef
 
 # Put around a model by training frameworks; the weight below is the same.
 _WRAPPERS = r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod)\."
-_PEFT = "base_model.model."
+PEFT = "base_model.model."
 
 # diffusers' first format names the projections after the attention processor's attributes.
 _PROCESSOR_OUT = r"\.to_out$"
@@ -89,8 +89,8 @@ def _stem(part: Part) -> str:
 def clean(stem: str, style: str = "") -> str:
     """A stem without the wrappers that frameworks put around or inside a model's names."""
     name = re.sub(_WRAPPERS, "", stem) if "_fsdp_wrapped_module" in stem or "_orig_mod" in stem else stem
-    while name.startswith(_PEFT):
-        name = name[len(_PEFT) :]
+    while name.startswith(PEFT):
+        name = name[len(PEFT) :]
     if style == "attn-procs":
         name = name.replace(".processor.", ".")
         found = re.search(_CLIP_PROJECTION, name)

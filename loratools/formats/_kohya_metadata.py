@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _LEGACY_START, _LEGACY_STOP = 0x100000, 0x110000
 
+_BASE_VERSION, _ARCHITECTURE = "ss_base_model_version", "modelspec.architecture"
 _LORA_MODULE, _LYCORIS_MODULE = "networks.lora", "lycoris.kohya"
 # LyCORIS' names of the algorithms that make each kind; the first one is written.
 _ALGORITHMS = {
@@ -53,8 +54,8 @@ def complete(adapter: Adapter) -> dict[str, str]:
     for key in [key for key in ("ss_network_dim", "ss_network_alpha") if metadata.get(key) == ""]:
         del metadata[key]
     versions = archs.get(adapter.arch).kohya_versions
-    if versions and metadata.get("ss_base_model_version") not in versions:
-        metadata["ss_base_model_version"] = versions[0]
+    if versions:
+        metadata.setdefault(_BASE_VERSION, versions[0])
     return metadata
 
 
@@ -66,6 +67,23 @@ def correct(adapter: Adapter, metadata: dict[str, str]) -> None:
         metadata["ss_network_dim"], metadata["ss_network_alpha"] = found
     if "ss_network_module" in metadata:
         _network(modules, metadata)
+    for key in (_BASE_VERSION, _ARCHITECTURE):
+        if key in metadata:
+            _base_model(adapter.arch, key, metadata)
+
+
+def _base_model(arch: str, key: str, metadata: dict[str, str]) -> None:
+    """Correct what names another architecture; what nobody knows may be true, and stays."""
+    from loratools.archs import _claims
+
+    meant = {claim.arch for claim in _claims.claims({key: metadata[key]}, "")}
+    if arch == "unknown" or not meant or arch in meant:
+        return
+    table = archs.get(arch)
+    known = table.kohya_versions if key == _BASE_VERSION else table.modelspec
+    _, slash, purpose = metadata.pop(key).partition("/")
+    if known:
+        metadata[key] = known[0] + slash + purpose
 
 
 def _is_wide(module: Module) -> bool:

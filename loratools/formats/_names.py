@@ -22,6 +22,7 @@ class Naming(NamedTuple):
         usual: Prefixes by component, for architectures that nobody has described.
         seen: Prefixes and their components, which such a module keeps where its own keys have one.
         stand_in: Another layout, whose prefix is written where a component states none for this one.
+        default: The prefix of components that nobody has described and that are not among the usual ones.
         todo: What to do about a component that it has no prefix for.
     """
 
@@ -31,6 +32,7 @@ class Naming(NamedTuple):
     usual: Mapping[str, str] = EMPTY
     seen: tuple[tuple[str, str], ...] = ()
     stand_in: str = ""
+    default: str = ""
     todo: str = "Write it in another layout"
 
     def stem(self, module: Module, adapter: Adapter, layout: Layout) -> str:
@@ -48,14 +50,18 @@ class Naming(NamedTuple):
             LayoutError: The layout has no prefix for the component.
         """
         target = module.target
-        found = _stated(adapter.arch, target.component, self.layout)
-        if found is None and self.stand_in:
-            found = _stated(adapter.arch, target.component, self.stand_in)
+        found = self.stated(adapter.arch, target.component)
         if found is None and component(adapter.arch, target.component) is None:
-            found = self._kept(module) or self.usual.get(target.component)
+            found = self._kept(module) or self.usual.get(target.component) or self.default or None
         if found is None:
             raise cannot_hold(layout, _owner(adapter.arch, target.component), [str(target)], self.todo)
         return found
+
+    def stated(self, arch: str, owner: str) -> str | None:
+        """The prefix that an architecture's component states; None where it states none, or nobody described it."""
+        layouts = (self.layout, self.stand_in) if self.stand_in else (self.layout,)
+        row = component(arch, owner)
+        return next((found for layout in layouts if row is not None and (found := row.prefix(layout))), None)
 
     def _kept(self, module: Module) -> str | None:
         key = next((ref.name for ref in module.factors.values()), "")
@@ -85,12 +91,6 @@ def main_component(adapter: Adapter) -> str:
     first = archs.get(adapter.arch).components[0].name
     there = any(target.component == first for target in adapter.modules)
     return first if there else next(iter(adapter.modules)).component
-
-
-def _stated(arch: str, name: str, layout: str) -> str | None:
-    """The prefix that a component states for a layout; none of its own where paths are names."""
-    row = component(arch, name)
-    return row.prefix(layout) or None if row is not None else None
 
 
 def _owner(arch: str, name: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from loratools import archs
 from loratools.errors import ArchitectureError
 from loratools.formats._base import Facts
-from loratools.formats._group import widths
+from loratools.formats._group import PEFT, widths
 
 if TYPE_CHECKING:
     from loratools.formats._positions import Placed
@@ -59,6 +59,12 @@ def _as_given(facts: Facts, arch: str, path: str) -> tuple[Mapping[str, archs.Re
     facts.arch = arch
     names = [found.name for found in facts.groups.values()]
     resolved = chosen.resolve_all(names)
+    # PEFT's folders of a text encoder have names that stand for it under their prefix alone.
+    wrapped = (found.name for found in facts.groups.values() if found.stem.startswith(PEFT))
+    for name in [name for name in wrapped if name not in resolved]:
+        meaning = chosen.resolve(PEFT + name)
+        if meaning is not None:
+            resolved[name] = meaning
     if names and not resolved:
         raise ArchitectureError(
             f"none of the {len(names)} modules has a name of {chosen.title}",

@@ -26,18 +26,18 @@ def scale_of(
         facts: The file.
         form: The file's layout.
     """
+    # LyCORIS' trained factor; it is usually folded into the weights when they are saved.
+    further = roles["scalar"].scalar() if "scalar" in roles else 1.0
     if kind.name == "lokr" and {"lokr_w1", "lokr_w2"} <= roles.keys():
         if "alpha" not in roles and str(facts.config.get("peft_type")).upper() == "LOKR":
             # PEFT scales it whatever its factors; LyCORIS only what it has decomposed.
             return form.scaler(found, component, 0, facts)
-        return Scale(1.0, roles["alpha"].scalar() if "alpha" in roles else None)
+        return Scale(further, roles["alpha"].scalar() if "alpha" in roles else None)
     rank = kind.rank(roles)
     if not rank:
         return Scale(1.0)
     if kind.name == "adalora":
         return _pruned(roles, facts.config, rank)
-    # LyCORIS' trained factor; it is usually folded into the weights when they are saved.
-    further = roles["scalar"].scalar() if "scalar" in roles else 1.0
     if "alpha" in roles:
         alpha = roles["alpha"].scalar()
         return Scale(further * alpha / rank, alpha)

@@ -26,8 +26,6 @@ from loratools.tensors import TensorRef
 
 _PREFIXES = (("text_encoder:", "text_encoder"), ("unet:", "denoiser"))
 _KEY = r"(?:(unet|text_encoder):)?(\d+):(up|down)"
-_BUNDLE = r"bundle_emb\.(.+)\.string_to_param\.\*"
-_EMBEDDED = "<embed>"
 
 # The classes whose linear layers were adapted, as the trainer's own search has them.
 _UNET_CLASSES = ("CrossAttention", "Attention", "GEGLU")
@@ -82,12 +80,11 @@ def _finisher(adapter: Adapter, tensors: list[TensorRef], layout: Layout) -> Doc
     if layout.container == "pickle":
         _refuse_in_list(adapter, tensors, layout)
         tensors = sorted(tensors, key=_place)
-    said = _carried.metadata(adapter)
-    metadata = {key: value for key, value in said.items() if value != _EMBEDDED and not _is_own(key)}
+    metadata = _carried.metadata(adapter)
     for ref in tensors:
         found = re.fullmatch(_KEY, ref.name)
         if found is None:
-            metadata[ref.name] = _EMBEDDED
+            metadata[ref.name] = _carried.EMBEDDED
             continue
         gated = _UNET_CLASSES if _gated(adapter) else _UNET_CLASSES[:-1]
         metadata[found[1]] = json.dumps(gated if found[1] == "unet" else _CLIP_CLASSES)
@@ -96,9 +93,15 @@ def _finisher(adapter: Adapter, tensors: list[TensorRef], layout: Layout) -> Doc
     return Document(tuple(tensors), metadata, ordered=layout.container == "pickle")
 
 
-def _is_own(key: str) -> bool:
-    """Whether the header's key speaks of the file's modules."""
-    return key in ("unet", "text_encoder") or re.fullmatch(r"(unet|text_encoder):\d+:rank", key) is not None
+def without_marks(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Metadata of a file of this layout without what speaks of its numbers and tokens, which are written anew."""
+    return {
+        key: value
+        for key, value in metadata.items()
+        if value != _carried.EMBEDDED
+        and key not in ("unet", "text_encoder")
+        and re.fullmatch(r"(unet|text_encoder):\d+:rank", key) is None
+    }
 
 
 def _refuse_gaps(adapter: Adapter, layout: Layout) -> None:
@@ -137,10 +140,11 @@ def _place(ref: TensorRef) -> tuple[int, bool]:
 
 def _adopt(ref: TensorRef, adapter: Adapter) -> TensorRef | None:  # noqa: ARG001
     """A packed textual inversion of one token, (1, dim), as (dim,) under the token."""
-    found = re.fullmatch(_BUNDLE, ref.name)
-    if found is None or len(ref.shape) != 2 or ref.shape[0] != 1:
+    packed = ref.name.startswith(_carried.BUNDLE) and ref.name.endswith(_carried.PACKED)
+    name = ref.name[len(_carried.BUNDLE) : -len(_carried.PACKED)]
+    if not packed or not name or len(ref.shape) != 2 or ref.shape[0] != 1:
         return None
-    return ref.reshaped(ref.shape[1:]).renamed(found[1])
+    return ref.reshaped(ref.shape[1:]).renamed(name)
 
 
 FORMAT = Format(

@@ -91,4 +91,5 @@ FORMAT = Format(
     dialect="native",
     alpha="none",
     parts=True,
+    single=True,
 )

@@ -11,14 +11,13 @@ from typing import Any
 
 from loratools.formats import _carried, _names, _peft_config, _spell, _suffixes
 from loratools.formats._base import Document, Facts, Format, Group, Scale, cannot_hold
-from loratools.formats._group import clean
+from loratools.formats._group import PEFT, clean
 from loratools.formats._names import Naming
 from loratools.model import Adapter, Layout, Module
 from loratools.tensors import TensorRef
 
-_PREFIX = "base_model.model."
 _SUFFIXES = {**_suffixes.PEFT, "lora_E": "lora_E", "ranknum": "ranknum"}
-_NAMING = Naming("peft", "diffusers", ".")
+_NAMING = Naming("peft", "diffusers", ".", default=PEFT, todo="Write it as kohya or diffusers instead")
 
 
 def _claims(facts: Facts) -> float:
@@ -33,7 +32,7 @@ def _claims(facts: Facts) -> float:
 def _variant(facts: Facts) -> str:
     if not facts.share(("base_model.",)):
         return "no-prefix" if facts.groups else ""
-    plain = all(group.name == group.stem.removeprefix(_PREFIX) for group in facts.groups.values())
+    plain = all(group.name == group.stem.removeprefix(PEFT) for group in facts.groups.values())
     return "" if plain else "wrapped"
 
 
@@ -43,20 +42,15 @@ def _scaler(group: Group, component: str, rank: int, facts: Facts) -> Scale:  # 
     return _peft_config.scale(facts.config, group.name, rank)
 
 
-def _prefix(arch: str, component: str) -> str:
-    row = _names.component(arch, component)
-    return (row.prefix("peft") if row is not None else "") or _PREFIX
-
-
 def _path(module: Module, adapter: Adapter, layout: Layout) -> str:
     """The module's dotted path in the base model as PEFT sees it."""
-    within = _prefix(adapter.arch, module.target.component).removeprefix(_PREFIX)
+    within = _NAMING.prefix(module, adapter, layout).removeprefix(PEFT)
     return within + _NAMING.body(module, adapter, layout)
 
 
 def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef]:
     _refuse_second_component(module, adapter, layout)
-    stem = _PREFIX + _path(module, adapter, layout)
+    stem = PEFT + _path(module, adapter, layout)
     _spell.refuse_kind(module, ("lora", "adalora"), layout)
     suffixes = {**_SUFFIXES, **_suffixes.PEFT_EMBEDDING} if module.op == "embedding" else _SUFFIXES
     tensors = _spell.factors(stem, module, suffixes, layout)
@@ -69,7 +63,7 @@ def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef
 def _refuse_second_component(module: Module, adapter: Adapter, layout: Layout) -> None:
     """Refuse a module of a second component under the same prefix: a folder is of one model."""
     own, main = module.target.component, _names.main_component(adapter)
-    if own != main and _prefix(adapter.arch, own) == _prefix(adapter.arch, main):
+    if own != main and _NAMING.stated(adapter.arch, own) == _NAMING.stated(adapter.arch, main):
         what = f"more than one component: a {own} beside a {main}"
         raise cannot_hold(layout, what, [str(module.target)], "Write it as kohya or diffusers instead")
 
@@ -105,4 +99,5 @@ FORMAT = Format(
     roles=frozenset((*_SUFFIXES, "magnitude")),
     dialect=_NAMING.dialect,
     alpha="config",
+    single=True,
 )

@@ -5,38 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import BinaryIO, Literal
 
 from loratools.errors import ShapeError
+from loratools.io._digests import Digest, Running
 from loratools.io.atomic import atomic_output
 from loratools.io.header import build, canonical_key
 from loratools.tensors import TensorRef, torch_bytes
 
-if TYPE_CHECKING:
-    from hashlib import _Hash
+__all__ = ["Digest", "write_safetensors"]
 
 _NONE: Mapping[str, Digest] = MappingProxyType({})
-
-
-class Digest(NamedTuple):
-    """A SHA-256 over part of a file's data that is written into the file's own header.
-
-    Attributes:
-        digits: How many hexadecimal digits of it are kept.
-        before: Bytes that it begins with, before the file's.
-        start: Where the part begins, in bytes from the start of the data (the header is not counted).
-        stop: Where it ends; None for the end of the data.
-    """
-
-    digits: int = 64
-    before: bytes = b""
-    start: int = 0
-    stop: int | None = None
-
-    @property
-    def blank(self) -> str:
-        """What stands in the header until the value is known."""
-        return "0" * self.digits
 
 
 def write_safetensors(
@@ -78,51 +57,38 @@ def write_safetensors(
     if order == "canonical":
         refs.sort(key=lambda ref: canonical_key(ref.name, ref.dtype))
     specs = [(ref.name, ref.dtype, ref.shape) for ref in refs]
-    running = {key: _Running(digest) for key, digest in computed.items()}
     start = build(specs, {**metadata, **{key: digest.blank for key, digest in computed.items()}})
     size = len(start) + sum(ref.nbytes for ref in refs)
     with atomic_output(path, overwrite, size) as temporary:
         with open(temporary, "wb") as file:
             file.write(start)
-            for ref in refs:
-                data = _data(ref)
-                file.write(data)
-                for digest in running.values():
-                    digest.update(data)
-                if progress is not None:
-                    progress(ref.nbytes)
-            if running:
+            found = _write_data(file, refs, computed, progress)
+            if found:
                 # Blanks and values have one length, and so have the two headers.
                 file.seek(0)
-                file.write(
-                    build(specs, {**metadata, **{key: digest.value() for key, digest in running.items()}})
-                )
+                file.write(build(specs, {**metadata, **found}))
         if check is not None:
             check(os.fspath(temporary))
     return size
 
 
-class _Running:
-    """A digest that is being computed, chunk by chunk in the file's order."""
-
-    def __init__(self, digest: Digest) -> None:
-        import hashlib
-
-        self._digest = digest
-        self._sha: _Hash = hashlib.sha256(digest.before)
-        self._position = 0
-
-    def update(self, chunk: memoryview) -> None:
-        """Take the next bytes of the data."""
-        start, stop = self._digest.start - self._position, self._digest.stop
-        self._position += chunk.nbytes
-        last = chunk.nbytes if stop is None else stop - self._position + chunk.nbytes
-        if last > 0 and start < chunk.nbytes:
-            self._sha.update(chunk.cast("B")[max(start, 0) : last])
-
-    def value(self) -> str:
-        """The digits."""
-        return self._sha.hexdigest()[: self._digest.digits]
+def _write_data(
+    file: BinaryIO,
+    refs: Iterable[TensorRef],
+    computed: Mapping[str, Digest],
+    progress: Callable[[int], None] | None,
+) -> dict[str, str]:
+    """Write tensors one by one, and compute the digests of what is written."""
+    with Running(computed) as digests:
+        for ref in refs:
+            data = _data(ref)
+            digests.update(data)
+            file.write(data)
+            del data  # before the next is made
+            digests.keep_up()
+            if progress is not None:
+                progress(ref.nbytes)
+    return digests.values()
 
 
 def _data(ref: TensorRef) -> memoryview:

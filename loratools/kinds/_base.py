@@ -19,6 +19,8 @@ Shape = tuple[int, ...]
 # LyCORIS' sparse residual, which may lie beside the factors of any kind and is added to ΔW.
 SPARSE = ("bias_indices", "bias_values", "bias_size")
 
+_WIDENED = 1 << 17  # elements
+
 
 class StandIn(NamedTuple):
     """A base weight of rank one, W = left · rightᵀ: enough to tell two readings of a module apart by random probes.
@@ -167,6 +169,19 @@ def wide(ref: TensorRef) -> torch.Tensor:
     import torch
 
     return ref.load().to(torch.float64)
+
+
+def times(ref: TensorRef, x: torch.Tensor) -> torch.Tensor:
+    """A factor, flattened behind its first axis, times a matrix in float64.
+
+    It is widened a few rows at a time, so that as much as is read is never held in float64.
+    """
+    import torch
+
+    matrix = ref.load().flatten(1)
+    step = max(1, _WIDENED // max(1, matrix.shape[1]))
+    starts = range(0, max(1, len(matrix)), step)
+    return torch.cat([matrix[start : start + step].to(torch.float64) @ x for start in starts])
 
 
 def needed(module: Module, base: torch.Tensor | None, title: str) -> torch.Tensor:

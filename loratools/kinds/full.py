@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from loratools.errors import UnsupportedKindError
-from loratools.kinds._base import Factors, Kind, Shape, StandIn, by_rows, wide, with_residual
+from loratools.kinds._base import Factors, Kind, Shape, StandIn, by_rows, times, wide, with_residual
 from loratools.model import Module
+from loratools.tensors import TensorRef
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,10 @@ def _row_axes(factors: Factors) -> Mapping[str, int] | None:
 
 
 def _dense(module: Module, base: torch.Tensor | None) -> torch.Tensor:  # noqa: ARG001 - it adds to any base
+    return module.scale * wide(_weight(module))
+
+
+def _weight(module: Module) -> TensorRef:
     ref = next((module.factors[role] for role in _WEIGHTS if role in module.factors), None)
     if ref is None:
         raise UnsupportedKindError(
@@ -31,13 +36,14 @@ def _dense(module: Module, base: torch.Tensor | None) -> torch.Tensor:  # noqa: 
             keys=[ref.name for ref in module.factors.values() if ref.name],
             expected="A difference of the weight was expected",
         )
-    return module.scale * wide(ref)
+    return ref
 
 
 def _apply(module: Module, x: torch.Tensor, base: StandIn) -> torch.Tensor:  # noqa: ARG001 - it adds to any base
-    change = _dense(module, None)
+    ref = _weight(module)
     # A norm layer's weight multiplies its inputs one by one.
-    return change[:, None] * x if change.ndim == 1 else change.flatten(1) @ x
+    changed = wide(ref)[:, None] * x if len(ref.shape) == 1 else times(ref, x)
+    return module.scale * changed
 
 
 KIND = Kind(

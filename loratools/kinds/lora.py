@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loratools.errors import IncompleteModuleError, ShapeError, UnsupportedKindError
-from loratools.kinds._base import Factored, Factors, Kind, Shape, StandIn, by_rows, with_residual
+from loratools.kinds._base import Factored, Factors, Kind, Shape, StandIn, by_rows, times, with_residual
 from loratools.kinds._base import wide as widened
 from loratools.model import Module
 
@@ -57,10 +57,15 @@ def _dense(module: Module, base: torch.Tensor | None) -> torch.Tensor:  # noqa: 
 
 
 def _apply(module: Module, x: torch.Tensor, base: StandIn) -> torch.Tensor:  # noqa: ARG001 - it adds to any base
-    up, down = _product(module.factors)
-    outputs = module.scale * (up @ (down @ x))
-    beside = module.factors.get("diff")
-    return outputs if beside is None else outputs + widened(beside).flatten(1) @ x
+    factors = module.factors
+    if "mid" in factors:
+        up, down = _product(factors)
+        outputs = up @ (down @ x)
+    else:
+        outputs = times(factors["up"], times(factors["down"], x))
+    outputs *= module.scale
+    beside = factors.get("diff")
+    return outputs if beside is None else outputs + times(beside, x)
 
 
 def _factored(module: Module, base: torch.Tensor | None, rank: int | None) -> Factored:  # noqa: ARG001

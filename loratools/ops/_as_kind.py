@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -13,8 +15,12 @@ from loratools.kinds import lora
 from loratools.model import Adapter, Module, Target
 from loratools.ops._base_weights import Weights
 from loratools.ops._device import home, on, usable
-from loratools.ops.as_lora import to_lora
+from loratools.ops.as_lora import Converted, to_lora
 from loratools.ops.results import Conversion
+
+# Kinds whose factors have a convolution's kernel flattened into its inputs.
+_FLATTENED = ("loha", "lokr")
+_MATRIX = 2
 
 
 def as_lora(
@@ -38,33 +44,25 @@ def as_lora(
         UnsupportedKindError: A module has no ΔW that could be computed, or needs the base; all are named.
     """
     place = usable(device)
-    weights = Weights(base, adapter.arch) if base is not None else None
     modules: dict[Target, Module] = {}
     before: dict[str, Module] = {}
     done: list[Conversion] = []
     failed: list[tuple[Module, UnsupportedKindError]] = []
-    for target, module in adapter.modules.items():
-        modules[target] = module
-        if (
-            lora.is_product(module)
-            and "mid" not in module.factors
-            and (rank is None or (module.rank or 0) <= rank)
-        ):
-            continue
-        try:
-            weight = _base(module, weights)
-            with torch.device(place):
-                moved = weight.to(place) if weight is not None else None
-                given = on(module, place)
-                found = to_lora(given, rank=rank, base=moved, dtype=dtype)
-        except UnsupportedKindError as error:
-            failed.append((module, error))
-            continue
-        if found.module is not given:
-            modules[target] = found.module if place == "cpu" else home(found.module)
-            before[str(target)] = module
-            kind = "dora" if module.magnitude is not None else module.kind
-            done.append(Conversion(str(target), kind, found.module.rank or 0, found.error, found.exact))
+    with Weights(base, adapter.arch) if base is not None else nullcontext() as weights:
+        for target, module in adapter.modules.items():
+            modules[target] = module
+            if _stays(module, rank):
+                continue
+            try:
+                found = _converted(module, weights, rank, dtype, place)
+            except UnsupportedKindError as error:
+                failed.append((module, error))
+                continue
+            if found is not None:
+                modules[target] = found.module
+                before[str(target)] = module
+                kind = "dora" if module.magnitude is not None else module.kind
+                done.append(Conversion(str(target), kind, found.module.rank or 0, found.error, found.exact))
     if failed:
         raise UnsupportedKindError(
             f"{len(failed)} of {len(adapter.modules)} modules cannot be turned into LoRA: {failed[0][1].problem}",
@@ -75,9 +73,31 @@ def as_lora(
     return replace(adapter, modules=modules), before, done
 
 
-def _base(module: Module, weights: Weights | None) -> torch.Tensor | None:
-    """The base weight, where the module's kind needs it or does not know its own kernel."""
-    if weights is None:
-        return None
+def _stays(module: Module, rank: int | None) -> bool:
+    """Whether a module is a plain LoRA already, of at most the rank asked for."""
+    plain = lora.is_product(module) and "mid" not in module.factors
+    return plain and (rank is None or (module.rank or 0) <= rank)
+
+
+def _converted(
+    module: Module, weights: Weights | None, rank: int | None, dtype: str | None, place: str
+) -> Converted | None:
+    """A module as LoRA, in the CPU's memory; None where it has no ΔW to convert."""
     needed = module.magnitude is not None or kinds.get(module.kind).needs_base
-    return weights.of(module) if needed or module.shape is None or len(module.shape) < 4 else None
+    weight = weights.of(module) if weights is not None and needed else None
+    given = on(module if weights is None else _with_kernel(module, weights), place)
+    with torch.device(place):
+        found = to_lora(given, rank=rank, base=weight.to(place) if weight is not None else None, dtype=dtype)
+    if found.module is given:
+        return None
+    return found if place == "cpu" else found._replace(module=home(found.module))
+
+
+def _with_kernel(module: Module, weights: Weights) -> Module:
+    """The module with the kernel that its base weight has, where its own factors hold it flattened."""
+    said = module.shape
+    if module.kind not in _FLATTENED or said is None or len(said) > _MATRIX:
+        return module
+    stored = weights.shape_of(module)
+    fits = stored is not None and len(stored) > _MATRIX and math.prod(stored) == math.prod(said)
+    return module._replace(shape=stored) if fits else module

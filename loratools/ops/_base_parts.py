@@ -15,6 +15,12 @@ Shape: TypeAlias = tuple[int, ...]
 Modules: TypeAlias = "Mapping[str, Shape | None]"
 
 
+def dialects(arch: archs.Arch, component: str) -> tuple[str, ...]:
+    """The dialects besides the native one in which a base may name a component's weights; diffusers' first."""
+    table = next((each.table for each in arch.components if each.name == component), None)
+    return ("diffusers", *table.further) if table is not None else ()
+
+
 def part_of(arch: str, component: str, base: Base) -> Modules:
     """The base's modules that may be this component's, without the prefix that marks it."""
     return _joined(_networks(arch, component, base))

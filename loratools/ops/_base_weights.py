@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
+from contextlib import ExitStack
+from types import TracebackType
 
 import torch
 
 from loratools import archs, io
 from loratools.errors import ShapeError, UnsupportedKindError
 from loratools.io.base import Base, Weight
-from loratools.model import Module, Rows
-from loratools.ops._base_parts import weights_of
+from loratools.model import Module, Rows, Target
+from loratools.ops._base_parts import dialects, weights_of
 from loratools.ops.align import take_rows
 from loratools.tensors import DTYPES, TensorRef
 
-# Open files at a time: a sharded base has one tensor after another in the same few.
-_OPEN = 4
+_TODO = "Give the base model that the adapter was trained on"
 
 
 class Weights:
-    """What a base holds of an adapter's components.
+    """What a base holds of an adapter's components; a context that closes the base's files.
 
     Attributes:
         base: From :func:`loratools.io.base.keys_of`.
@@ -30,6 +30,16 @@ class Weights:
         self.base = base
         self._arch = archs.get(arch)
         self._parts: dict[str, dict[str, Weight]] = {}
+        self._files: dict[str, Mapping[str, TensorRef]] = {}
+        self._open = ExitStack()
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
 
     def of(self, module: Module) -> torch.Tensor:
         """The rows of the base weight that a module changes, (out, in[, kh, kw]) in the base's dtype.
@@ -39,62 +49,90 @@ class Weights:
             ShapeError: It is of another shape.
         """
         target = module.target
-        part = self._part(target.component)
-        found = part.get(target.path)
-        rows: torch.Tensor | None = None
-        if found is not None:
-            rows = take_rows(self._load(found, module), None, target.rows, str(target))
-        else:
-            rows = self._in_pieces(module, part)
-        if rows is None:
+        pieces = self._pieces(target)
+        if pieces is None:
             raise UnsupportedKindError(
                 f"{target}: {self.base.path} has no such weight",
-                keys=[ref.name for ref in module.factors.values()],
-                todo="Give the base model that the adapter was trained on",
+                keys=[ref.name for ref in module.factors.values() if ref.name],
+                todo=_TODO,
             )
-        if module.shape is not None and rows.shape[:1] != module.shape[:1]:
-            raise ShapeError(
-                f"{target}: the adapter's weight is {list(module.shape)}, the base's {list(rows.shape)}",
-                todo="Give the base model that the adapter was trained on",
-            )
-        return rows
-
-    def _part(self, component: str) -> dict[str, Weight]:
-        if component not in self._parts:
-            self._parts[component] = weights_of(self._arch.name, component, self.base)
-        return self._parts[component]
-
-    def _in_pieces(self, module: Module, part: Mapping[str, Weight]) -> torch.Tensor | None:
-        """The weight from a base with diffusers' names, which may hold it in pieces."""
-        target = module.target
-        if all(each.name != target.component for each in self._arch.components):
-            return None
-        pieces = self._arch.pieces(target.component, target.path, "diffusers")
         whole: torch.Tensor | None = None
-        for rows in pieces:
-            name = self._arch.spell(target.component, target.path, rows, "diffusers") or ""
-            found = part.get(name) or part.get(name.removeprefix("text_model."))
-            if found is None:
-                return None
-            placed = _placed(self._load(found, module), rows, str(target))
+        for weight, rows in pieces:
+            placed = take_rows(self._load(weight, module), rows, target.rows, str(target))
             whole = placed if whole is None else whole + placed
-        return take_rows(whole, None, target.rows, str(target)) if whole is not None else None
+        assert whole is not None
+        _refuse_other_shape(module, whole)
+        return whole
+
+    def shape_of(self, module: Module) -> tuple[int, ...] | None:
+        """The shape of what a module changes as the base has it, or None where it does not tell."""
+        pieces = self._pieces(module.target)
+        if pieces is None or module.in_first or any(not _readable(weight) for weight, _ in pieces):
+            return None
+        first, rows = pieces[0]
+        share = first.shape[0] // (rows.shares if rows else 1)
+        wanted = module.target.rows or Rows(((0, 1),), 1)
+        return (share * (rows.of if rows else 1) * wanted.shares // wanted.of, *first.shape[1:])
+
+    def _pieces(self, target: Target) -> list[tuple[Weight, Rows | None]] | None:
+        """The base's weights that hold a target's rows, and which rows each is; None if it lacks any."""
+        if target.component not in self._parts:
+            self._parts[target.component] = weights_of(self._arch.name, target.component, self.base)
+        part = self._parts[target.component]
+        if target.path in part:
+            return [(part[target.path], None)]
+        for dialect in dialects(self._arch, target.component):
+            found: list[tuple[Weight, Rows | None]] = []
+            for rows in self._arch.pieces(target.component, target.path, dialect):
+                if not _overlap(rows, target.rows):
+                    continue
+                name = self._arch.spell(target.component, target.path, rows, dialect)
+                if name is None or name not in part:
+                    break
+                found.append((part[name], rows))
+            else:
+                if found:
+                    return found
+        return None
 
     def _load(self, weight: Weight, module: Module) -> torch.Tensor:
-        if not DTYPES[weight.dtype].floating or DTYPES[weight.dtype].bits < 16:
+        if not _readable(weight):
             raise UnsupportedKindError(
                 f"{module.target}: the base holds it as {weight.dtype}, quantised",
                 keys=[weight.key],
                 todo="Give the base model in float32, float16 or bfloat16",
             )
-        loaded = _opened(weight.file)[weight.key].load()
-        return loaded.t() if module.in_first and loaded.dim() == 2 else loaded
+        if weight.file not in self._files:
+            self._files[weight.file] = self._open.enter_context(io.open_tensors(weight.file)).tensors
+        loaded = self._files[weight.file][weight.key].load()
+        # Embeddings and GPT-2's Conv1D; where the adapter does not say so, their shapes may.
+        said = module.shape
+        turned = said is not None and tuple(loaded.shape) != said and tuple(loaded.shape) == said[::-1]
+        return loaded.t() if loaded.dim() == 2 and (module.in_first or turned) else loaded
 
 
-def _placed(piece: torch.Tensor, rows: Rows | None, name: str) -> torch.Tensor:
-    return take_rows(piece, rows, None, name)
+def _readable(weight: Weight) -> bool:
+    """Whether it is stored as numbers, not as some quantisation's codes."""
+    return DTYPES[weight.dtype].floating and DTYPES[weight.dtype].bits >= 16
 
 
-@lru_cache(maxsize=_OPEN)
-def _opened(path: str) -> Mapping[str, TensorRef]:
-    return io.open_tensors(path).tensors
+def _overlap(one: Rows | None, other: Rows | None) -> bool:
+    """Whether two choices of rows of one weight have any in common."""
+    if one is None or other is None:
+        return True
+    return any(
+        start * other.of < last * one.of and first * one.of < stop * other.of
+        for start, stop in one.spans
+        for first, last in other.spans
+    )
+
+
+def _refuse_other_shape(module: Module, weight: torch.Tensor) -> None:
+    said = module.shape
+    if said is not None and weight.shape[:1] != said[:1]:
+        raise ShapeError(
+            f"{module.target}: the adapter's weight is {list(said)}, the base's {list(weight.shape)}",
+            keys=[ref.name for ref in module.factors.values() if ref.name],
+            expected="Rows of the same count were expected",
+            todo=_TODO,
+        )

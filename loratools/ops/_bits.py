@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy
-
 from loratools.errors import MalformedFileError
 from loratools.model import Rows
 from loratools.tensors import DTYPES, TensorRef
 
 if TYPE_CHECKING:
+    import numpy
     import torch
 
-Array = numpy.ndarray[Any, Any]
+    Array = numpy.ndarray[Any, Any]
 
 _WHOLE = Rows(((0, 1),), of=1)
+# How much of two tensors is compared at a time (bytes): it stays in the processor's cache.
+_STRIDE = 1 << 18
 
 
 class BitsSource:
@@ -32,21 +33,28 @@ class BitsSource:
         self.make = make
 
     def raw(self) -> memoryview:
-        """The bytes of the array."""
-        flat = numpy.ascontiguousarray(self.make()).reshape(-1)
-        return flat.view(numpy.uint8).data if flat.size else memoryview(b"")
+        """The bytes of the array; without a copy where they follow each other already."""
+        flat = self._flat()
+        return flat.view("u1").data if flat.size else memoryview(b"")
 
     def torch(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         """The array as a tensor of the dtype that the bits mean."""
         import torch
 
         kind: torch.dtype = getattr(torch, DTYPES[dtype].torch)
-        data = self.raw()
-        return (
-            torch.frombuffer(data, dtype=kind).reshape(shape)
-            if data.nbytes
-            else torch.empty(shape, dtype=kind)
-        )
+        flat = self._flat()
+        if not flat.size:
+            return torch.empty(shape, dtype=kind)
+        if not (flat.flags.aligned and flat.flags.writeable):
+            flat = (
+                flat.copy()
+            )  # rows of a mapped file, which torch wants aligned and warns about where they are fixed
+        return torch.frombuffer(flat.data, dtype=kind).reshape(shape)
+
+    def _flat(self) -> Array:
+        import numpy
+
+        return numpy.ascontiguousarray(self.make()).reshape(-1)
 
 
 def bits(ref: TensorRef) -> Array:
@@ -55,11 +63,18 @@ def bits(ref: TensorRef) -> Array:
     Raises:
         MalformedFileError: Several elements share a byte.
     """
+    import numpy
+
+    array = numpy.frombuffer(ref.raw(), _unsigned(ref)).reshape(ref.stored_shape)
+    return array.T if ref.transposed else array
+
+
+def _unsigned(ref: TensorRef) -> str:
+    """numpy's name of the integers that are as wide as the tensor's elements."""
     size = DTYPES[ref.dtype].bits
     if size % 8:
         raise MalformedFileError(f"{ref.name}: rows of a {ref.dtype} tensor cannot be taken apart")
-    array = numpy.frombuffer(ref.raw(), f"u{size // 8}").reshape(ref.stored_shape)
-    return array.T if ref.transposed else array
+    return f"u{size // 8}"
 
 
 def units(rows: Rows | None, of: int) -> list[int]:
@@ -80,11 +95,16 @@ def taken(ref: TensorRef, axis: int, places: Sequence[int], parts: int) -> Tenso
     """
     share = ref.shape[axis] // parts
     shape = (*ref.shape[:axis], share * len(places), *ref.shape[axis + 1 :])
+    first = places[0] if places else 0
+    one_run = list(places) == list(range(first, first + len(places)))
 
     def make() -> Array:
         array = bits(ref)
         apart = array.reshape(*array.shape[:axis], parts, share, *array.shape[axis + 1 :])
-        return numpy.take(apart, list(places), axis=axis)
+        if one_run:
+            # A view: of whole rows not even their bytes are copied.
+            return apart[(slice(None),) * axis + (slice(first, first + len(places)),)]
+        return apart.take(list(places), axis=axis)
 
     return TensorRef("", shape, ref.dtype, BitsSource(make))
 
@@ -92,7 +112,7 @@ def taken(ref: TensorRef, axis: int, places: Sequence[int], parts: int) -> Tenso
 def chosen(ref: TensorRef, axis: int, places: Sequence[int]) -> TensorRef:
     """Some columns or rows of a tensor by number."""
     shape = (*ref.shape[:axis], len(places), *ref.shape[axis + 1 :])
-    return TensorRef("", shape, ref.dtype, BitsSource(lambda: numpy.take(bits(ref), list(places), axis=axis)))
+    return TensorRef("", shape, ref.dtype, BitsSource(lambda: bits(ref).take(list(places), axis=axis)))
 
 
 class Block:
@@ -130,7 +150,9 @@ def assembled(blocks: Sequence[Block], axis: int, parts: int, columns: int | Non
         shape[across] = columns
 
     def make() -> Array:
-        whole = numpy.zeros(shape, bits(first.ref).dtype)
+        import numpy
+
+        whole = numpy.zeros(shape, _unsigned(first.ref))
         for block in blocks:
             source = numpy.moveaxis(bits(block.ref), axis, 0)
             goal = numpy.moveaxis(whole, axis, 0)
@@ -151,8 +173,13 @@ def stacked(refs: Sequence[TensorRef]) -> TensorRef:
     if len(refs) == 1:
         return refs[0].renamed("")
     shape = (sum(ref.shape[0] for ref in refs), *refs[0].shape[1:])
-    make = BitsSource(lambda: numpy.concatenate([bits(ref) for ref in refs]))
-    return TensorRef("", shape, refs[0].dtype, make)
+
+    def make() -> Array:
+        import numpy
+
+        return numpy.concatenate([bits(ref) for ref in refs])
+
+    return TensorRef("", shape, refs[0].dtype, BitsSource(make))
 
 
 def support(ref: TensorRef, axis: int, parts: Sequence[Sequence[int]], of: int) -> Array:
@@ -164,12 +191,18 @@ def support(ref: TensorRef, axis: int, parts: Sequence[Sequence[int]], of: int) 
         parts: The shares that each part consists of.
         of: How many shares there are.
     """
-    array = bits(ref)
-    # Minus zero is zero: the sign is the highest bit of every floating dtype.
-    magnitude = array & numpy.array((1 << (8 * array.dtype.itemsize - 1)) - 1, array.dtype)
-    rows = numpy.moveaxis(magnitude, axis, 0)
+    import numpy
+
+    rows = numpy.moveaxis(bits(ref), axis, 0)
     across = rows.shape[1] if rows.ndim > 1 else 1
-    columns = rows.reshape(of, rows.shape[0] // of, across, -1).any(axis=(1, 3))
+    shares = rows.reshape(of, rows.shape[0] // of, across, -1)
+    # Minus zero is zero: the sign is the highest bit of every floating dtype.
+    magnitude = numpy.array((1 << (8 * shares.dtype.itemsize - 1)) - 1, shares.dtype)
+    # Of a factor that was trained whole the first row of each share is enough.
+    for looked_at in (shares[:, :1], shares):
+        columns = ((numpy.bitwise_or.reduce(looked_at, axis=1) & magnitude) != 0).any(axis=2)
+        if columns.all():
+            break
     return numpy.array([columns[list(part)].any(axis=0) for part in parts])
 
 
@@ -177,6 +210,13 @@ def same_bits(one: TensorRef, other: TensorRef) -> bool:
     """Whether two tensors hold the same bits in the same shape."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    if one.source is other.source and one.transposed == other.transposed:
+    if one.transposed != other.transposed:
+        return bool((bits(one) == bits(other)).all())
+    if one.source is other.source:
         return True
-    return bool(numpy.array_equal(bits(one), bits(other)))
+    mine, theirs = one.raw().cast("B"), other.raw().cast("B")
+    # Comparing views element by element would be slow; this compares memory, and stops where it first differs.
+    return all(
+        mine[start : start + _STRIDE].tobytes().startswith(theirs[start : start + _STRIDE])
+        for start in range(0, mine.nbytes, _STRIDE)
+    )

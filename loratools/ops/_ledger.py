@@ -14,6 +14,37 @@ from loratools.tensors import TensorRef
 _BECOMES = {"diff_b": ("diff_b", "up_bias"), "up_bias": ("up_bias", "diff_b")}
 
 
+def account(
+    adapter: Adapter,
+    ready: Adapter,
+    fitted: Sequence[Fitted],
+    origins: Mapping[str, Module],
+    dropped: Iterable[Misfit],
+    written: Sequence[TensorRef],
+) -> tuple[LedgerEntry, ...]:
+    """An entry for every tensor of an input.
+
+    Args:
+        adapter: As it was read.
+        ready: As it was regrouped: with the base's names, and its modules turned into another kind.
+        fitted: What is written of each module.
+        origins: The modules as they were read, by target, where they were turned into another kind.
+        dropped: What the caller allowed to be left out.
+        written: All tensors of the output.
+
+    Raises:
+        LayoutError: A tensor of the input is not accounted for.
+    """
+    ledger = Ledger()
+    ledger.dropped(dropped)
+    for each in fitted:
+        ledger.fitted(each, origins)
+    touched = {source.target for each in fitted for source in each.step.sources}
+    ledger.zero(module for target, module in ready.modules.items() if target not in touched)
+    ledger.extras(adapter.extras, written)
+    return ledger.closed(adapter)
+
+
 class Ledger:
     """Entries by the input's keys, in the order in which they are made."""
 
@@ -30,7 +61,7 @@ class Ledger:
         """Modules of which nothing is left."""
         for module in modules:
             for _, ref in module.tensors():
-                self._add(ref.name, "dropped", (), "zero")
+                self._add(ref.name, "zero", (), "it changes nothing")
 
     def fitted(self, found: Fitted, origins: Mapping[str, Module]) -> None:
         """One module of the result.
@@ -42,12 +73,13 @@ class Ledger:
         module, fate = found.module, found.step.fate
         if module is None:
             return
-        into = {role: _keys_of(ref, found.spelt) for role, ref in module.factors.items()}
+        written = _keys_by_source(found.spelt)
+        into = {role: written.get(id(ref.source), ()) for role, ref in module.factors.items()}
         if module.magnitude is not None:
-            into["magnitude"] = _keys_of(module.magnitude, found.spelt)
-        every = tuple(ref.name for ref in found.spelt)
+            into["magnitude"] = written.get(id(module.magnitude.source), ())
+        every = tuple([ref.name for ref in found.spelt])
         for source in found.step.sources:
-            origin = origins.get(str(source.target))
+            origin = origins.get(str(source.target)) if origins else None
             for role, ref in (origin or source).tensors():
                 if origin is not None:
                     self._add(ref.name, "converted", every, f"{origin.kind} to {module.kind}")
@@ -56,14 +88,17 @@ class Ledger:
                 elif role == "scalar":
                     self._add(ref.name, "folded", (), "in the scale")
                 else:
-                    keys = next((into[each] for each in _BECOMES.get(role, (role,)) if each in into), ())
-                    folded = module.scale != source.scale and keys and fate == "moved" and found.rounded
-                    self._add(ref.name, "folded" if folded else fate, keys, "")
+                    became = next((each for each in _BECOMES.get(role, (role,)) if each in into), role)
+                    new = module.factors.get(became)
+                    # Data of another source has been computed: only a scale does that to a module that stays whole.
+                    folded = fate == "moved" and new is not None and new.source is not ref.source
+                    self._add(ref.name, "folded" if folded else fate, into.get(became, ()), "")
 
     def _alpha(self, ref: TensorRef, source: Module, module: Module, found: Fitted) -> None:
         stated = tuple(each.name for each in found.spelt if each.name.endswith("alpha"))
         if stated:
-            self._add(ref.name, found.step.fate, stated, "")
+            changed = module.scale != source.scale and found.step.fate == "moved"
+            self._add(ref.name, "folded" if changed else found.step.fate, stated, "")
         elif module.scale != source.scale or source.scale == 1.0:
             self._add(ref.name, "folded", (), f"scale {source.scale:g} in the factors")
         else:
@@ -71,10 +106,10 @@ class Ledger:
 
     def extras(self, before: Mapping[str, TensorRef], written: Iterable[TensorRef]) -> None:
         """Tensors of no module."""
-        out = list(written)
+        out = _keys_by_source(written) if before else {}
         for key, ref in before.items():
             if key not in self._entries:
-                self._add(key, "moved", _keys_of(ref, out), "")
+                self._add(key, "moved", out.get(id(ref.source), ()), "")
 
     def closed(self, adapter: Adapter) -> tuple[LedgerEntry, ...]:
         """All entries, in the input's order.
@@ -94,6 +129,8 @@ class Ledger:
         if not key:
             return
         known = self._entries.get(key)
+        if known is not None and known.fate == "dropped" and not into:
+            return
         if known is not None and fate != "dropped":
             into = tuple(dict.fromkeys((*known.into, *into)))
             fate = known.fate if known.fate != "dropped" else fate
@@ -102,5 +139,10 @@ class Ledger:
         self._entries[key] = LedgerEntry(key, fate, into, detail)
 
 
-def _keys_of(ref: TensorRef, spelt: Iterable[TensorRef]) -> tuple[str, ...]:
-    return tuple(each.name for each in spelt if each.source is ref.source)
+def _keys_by_source(spelt: Iterable[TensorRef]) -> dict[int, tuple[str, ...]]:
+    """The keys under which data is written, by the identity of where it comes from."""
+    found: dict[int, tuple[str, ...]] = {}
+    for ref in spelt:
+        source = id(ref.source)
+        found[source] = (*found[source], ref.name) if source in found else (ref.name,)
+    return found

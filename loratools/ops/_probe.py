@@ -1,6 +1,7 @@
 """Two readings of one adapter compared by what they do: ΔW · x on random x, module by module, in float64.
 
-Where both readings hold the same bits at the same scale, no x could tell them apart, and none is tried.
+Where both readings hold the same bits at the same scale, no x could tell them apart, and none is tried: a conversion
+that only renames is proven without torch.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from math import lcm, prod
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from loratools import kinds
-from loratools.kinds._base import StandIn
+from loratools.kinds._base import StandIn, wide
 from loratools.model import Module
 from loratools.ops._bits import same_bits, units
 from loratools.ops._weights_of import weight_of
 from loratools.tensors import TensorRef
+
+if TYPE_CHECKING:
+    import torch
 
 _PROBES = 2  # vectors for each weight
 
@@ -27,6 +29,9 @@ _ROUNDED = {"F64": 1e-12, "F32": 1e-6, "F16": 4e-3, "BF16": 3e-2}
 _ROUNDED_BELOW = 0.5
 # Where nothing was rounded but alpha, which most layouts state in float32.
 _EXACT = 3e-7
+
+# Weights that are worked on side by side: more would hold more memory, and wait for it.
+_THREADS = 4
 
 Key = tuple[str, str]
 
@@ -60,11 +65,10 @@ def compare(
     """
     mine = _by_weight(expected, arch)
     theirs = _by_weight(found, arch)
-    errors: dict[Key, float] = {}
-    for key, members in mine.items():
-        errors[key] = _error(key, members, theirs.get(key, []))
-    for key in theirs.keys() - mine.keys():
-        errors[key] = float("inf")
+    errors = dict.fromkeys(mine, 0.0)
+    unlike = [key for key, members in mine.items() if not _same_bits(members, theirs.get(key, []))]
+    errors.update(zip(unlike, _probed(unlike, mine, theirs), strict=True))
+    errors.update(dict.fromkeys(theirs.keys() - mine.keys(), float("inf")))
     failed = [key for key, error in errors.items() if not error <= _allowed(rounded.get(key))]
     failed.sort(key=lambda key: -errors[key])
     worst = max(errors, key=lambda key: errors[key], default=("", ""))
@@ -74,6 +78,18 @@ def compare(
         worst[1],
         tuple(f"{key[1]} ({errors[key]:.2g})" for key in failed),
     )
+
+
+def _probed(
+    keys: Sequence[Key], mine: Mapping[Key, Sequence[Module]], theirs: Mapping[Key, Sequence[Module]]
+) -> Iterable[float]:
+    """The errors of weights whose bits differ, in order."""
+    if not keys:
+        return ()
+    from loratools.engine import local
+
+    threads = min(local.default_threads(), _THREADS)
+    return local.run(lambda key: _error(key, mine[key], theirs.get(key, [])), keys, threads=threads)
 
 
 def _by_weight(modules: Iterable[Module], arch: str) -> dict[Key, list[Module]]:
@@ -89,8 +105,8 @@ def _allowed(dtype: str | None) -> float:
 
 def _error(key: Key, mine: Sequence[Module], theirs: Sequence[Module]) -> float:
     """The relative difference of two sets of modules of one weight; infinite where they cannot be compared."""
-    if _same_bits(mine, theirs):
-        return 0.0
+    import torch
+
     of = reduce(lcm, [module.target.rows.of for module in (*mine, *theirs) if module.target.rows], 1)
     if any(module.shape is None or kinds.get(module.kind).apply is None for module in (*mine, *theirs)):
         return _factors_apart(mine, theirs)
@@ -147,6 +163,8 @@ def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def _places(module: Module, height: int, of: int) -> torch.Tensor:
     """The whole weight's row numbers that the module's rows are, in order."""
+    import torch
+
     share = height // of
     return torch.cat(
         [torch.arange(unit * share, (unit + 1) * share) for unit in units(module.target.rows, of)]
@@ -154,6 +172,8 @@ def _places(module: Module, height: int, of: int) -> torch.Tensor:
 
 
 def _outputs(modules: Sequence[Module], x: torch.Tensor, base: StandIn, of: int) -> torch.Tensor:
+    import torch
+
     height = base.left.numel()
     found = torch.zeros(height, x.shape[1], dtype=torch.float64)
     for module in modules:
@@ -168,22 +188,26 @@ def _outputs(modules: Sequence[Module], x: torch.Tensor, base: StandIn, of: int)
 
 def _vector(modules: Sequence[Module], role: str, height: int, of: int) -> torch.Tensor:
     """A bias or a magnitude per output, over the whole weight's rows."""
+    import torch
+
     found = torch.zeros(height, dtype=torch.float64)
     for module in modules:
         rows = _places(module, height, of)
         if role == "bias":
             for name, scale in (("up_bias", module.scale), ("diff_b", 1.0), ("b_norm", 1.0)):
                 if name in module.factors:
-                    found[rows] += scale * module.factors[name].load().to(torch.float64).reshape(-1)
+                    found[rows] += scale * wide(module.factors[name]).reshape(-1)
         elif module.magnitude is not None and module.magnitude_axis == "out":
-            found[rows] += module.magnitude.load().to(torch.float64).reshape(-1)
+            found[rows] += wide(module.magnitude).reshape(-1)
     return found
 
 
 def _across(modules: Sequence[Module]) -> torch.Tensor:
     """Magnitudes per input."""
+    import torch
+
     found = [
-        module.magnitude.load().to(torch.float64).reshape(-1)
+        wide(module.magnitude).reshape(-1)
         for module in modules
         if module.magnitude is not None and module.magnitude_axis == "in"
     ]
@@ -195,12 +219,12 @@ def _factors_apart(mine: Sequence[Module], theirs: Sequence[Module]) -> float:
     one, other = _factors(mine), _factors(theirs)
     if one.keys() != other.keys():
         return float("inf")
-    return max((_distance(one[name], other[name]) for name in one), default=0.0)
+    return max((_distance(wide(one[name]), wide(other[name])) for name in one), default=0.0)
 
 
-def _factors(modules: Sequence[Module]) -> dict[tuple[str, str, str], torch.Tensor]:
+def _factors(modules: Sequence[Module]) -> dict[tuple[str, str, str], TensorRef]:
     return {
-        (module.kind, str(module.target.rows or ""), role): ref.load().to(torch.float64)
+        (module.kind, str(module.target.rows or ""), role): ref
         for module in modules
         for role, ref in module.factors.items()
     }

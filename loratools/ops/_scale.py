@@ -17,6 +17,9 @@ from loratools.model import Module
 from loratools.ops import files
 from loratools.tensors import DTYPES, LazySource, TensorRef
 
+# Dtypes with float32's range of exponents or more.
+_WIDE = ("F64", "F32", "BF16")
+
 
 def folded(module: Module, dtype: str = "") -> tuple[Module, bool]:
     """The module with a scale of 1, its factors making up for it.
@@ -34,7 +37,8 @@ def folded(module: Module, dtype: str = "") -> tuple[Module, bool]:
     if module.scale == 1.0:
         return module._replace(alpha=None, alpha_tensor=None), False
     scaled = _into(module, module.scale, dtype)
-    return scaled._replace(scale=1.0, alpha=None, alpha_tensor=None), not is_power_of_two(module.scale)
+    rounded = not is_power_of_two(module.scale) or _is_narrow(module, dtype)
+    return scaled._replace(scale=1.0, alpha=None, alpha_tensor=None), rounded
 
 
 def alike(parts: Sequence[Module]) -> tuple[list[Module], bool]:
@@ -53,7 +57,7 @@ def alike(parts: Sequence[Module]) -> tuple[list[Module], bool]:
         one = part
         if part.scale != scale:
             one = _into(part, part.scale / scale)._replace(scale=scale, alpha=None, alpha_tensor=None)
-            rounded = rounded or not is_power_of_two(part.scale / scale)
+            rounded = rounded or not is_power_of_two(part.scale / scale) or _is_narrow(part, widest)
         factors = {role: files.cast(ref, widest) for role, ref in one.factors.items()}
         found.append(one._replace(factors=factors))
     return found, rounded
@@ -94,6 +98,11 @@ def _into(module: Module, scale: float, dtype: str = "") -> Module:
     if "up_bias" in factors:
         factors["up_bias"] = times(factors["up_bias"], scale, dtype)
     return module._replace(factors=factors)
+
+
+def _is_narrow(module: Module, dtype: str) -> bool:
+    """Whether small values lose digits in the store dtype even by a power of two: float16's range ends at 6e-5."""
+    return any((dtype or ref.dtype) not in _WIDE for ref in module.factors.values())
 
 
 def _widest(dtypes: set[str]) -> str:

@@ -1,7 +1,8 @@
 """An adapter's names against those of its base model: which module of the base each one means, and whether it fits.
 
-Names that the architecture's table explains are only looked up, in the checkpoint's own spelling or in diffusers'.
-Others (language models, flattened names of anything) take the base's own module paths, as ``_base_match`` finds them.
+Names that the architecture's table explains are only looked up, in the checkpoint's own spelling or in another of
+the table's, diffusers' first. Others (language models, flattened names of anything) take the base's own module paths,
+as ``_base_match`` finds them.
 Names change here and nothing else: a fused weight is never taken for its parts.
 """
 
@@ -16,15 +17,12 @@ from loratools.errors import NameResolutionError, ShapeError, shown
 from loratools.io.base import Base
 from loratools.model import Adapter, Module, Target
 from loratools.ops._base_match import Matched, Paths, match, regrouped
-from loratools.ops._base_parts import Modules, Shape, fits, part_of
+from loratools.ops._base_parts import Modules, Shape, dialects, fits, part_of
 
 # Modules of kinds that share tensors between all weights: they name the model, not a weight in it.
 _WHOLE_MODEL = ("base_model", "(whole model)")
 # PEFT's wrappers of several parameters of one module.
 _BASE_LAYER = ".base_layer"
-# transformers 5.6 took this level out of CLIP.
-_TEXT_MODEL = "text_model."
-_DIFFUSERS = "diffusers"
 _MOST_COMPARED = 500
 
 
@@ -144,26 +142,23 @@ def _stored(arch: archs.Arch, target: Target, part: Modules) -> Shape | None:
         if not whole or target.rows is None:
             return whole
         return (whole[0] * target.rows.shares // target.rows.of, *whole[1:])
-    spelt = arch.spell(target.component, target.path, target.rows, _DIFFUSERS)
-    names = [spelt]
-    if spelt is None:
-        pieces = arch.pieces(target.component, target.path, _DIFFUSERS)
-        names = [arch.spell(target.component, target.path, rows, _DIFFUSERS) for rows in pieces]
-    held = [_held(name, part) for name in names if name is not None]
-    if not held or None in held or len(held) < len(names):
+    spelt = (_spelt(arch, target, part, dialect) for dialect in dialects(arch, target.component))
+    return next((shape for shape in spelt if shape is not None), None)
+
+
+def _spelt(arch: archs.Arch, target: Target, part: Modules, dialect: str) -> Shape | None:
+    """As ``_stored``, in one dialect, which may have the weight in pieces."""
+    own = arch.spell(target.component, target.path, target.rows, dialect)
+    names = [own]
+    if own is None:
+        pieces = arch.pieces(target.component, target.path, dialect)
+        names = [arch.spell(target.component, target.path, rows, dialect) for rows in pieces]
+    held = [part[name] or () for name in names if name is not None and name in part]
+    if not held or len(held) < len(names):
         return None
-    shapes = [shape for shape in held if shape]
-    if len(shapes) < len(held) or (spelt is None and target.rows is not None):
+    if not all(held) or (own is None and target.rows is not None):
         return ()
-    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
-
-
-def _held(name: str, part: Modules) -> Shape | None:
-    """As ``_stored``, for one of diffusers' names."""
-    for spelling in (name, name.removeprefix(_TEXT_MODEL)):
-        if spelling in part:
-            return part[spelling] or ()
-    return None
+    return (sum(shape[0] for shape in held), *held[0][1:])
 
 
 def _matched(modules: Sequence[Module], part: Modules, adapter: Adapter, base: Base) -> _Found:

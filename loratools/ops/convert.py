@@ -9,19 +9,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from loratools import formats, kinds
-from loratools.errors import ConversionError, LayoutError, OptionError
+from loratools import formats
+from loratools.errors import LayoutError, OptionError
 from loratools.formats import Document, Format
 from loratools.formats._scaling import refuse_nonfinite
 from loratools.io.base import Base, keys_of
 from loratools.model import Adapter, Layout, Module, Target
-from loratools.ops import _fit, _ledger, _regroup, files
-from loratools.ops._weights_of import least_precise, weight_of
+from loratools.ops import _fit, _ledger, _prove, _regroup, files
+from loratools.ops._prove import verify
 from loratools.ops.results import Conversion, ConvertReport, LedgerEntry
-from loratools.tensors import DTYPES, TensorRef
+from loratools.tensors import TensorRef
 
 if TYPE_CHECKING:
     from loratools.ops._probe import Probed
+
+__all__ = ["Converted", "convert", "convert_file", "verify", "writable"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -102,20 +104,13 @@ def convert(
         )
     kept = _fit.without(replace(ready, modules=modules, order=()), extras)
     document = formats.document(kept, goal, form)
-    provable = _provable(origins, conversions)
-    ledger = _ledger.Ledger()
-    ledger.dropped(dropped)
-    for each in fitted:
-        ledger.fitted(each, origins)
-    touched = {source.target for step in regrouped.steps for source in step.sources}
-    ledger.zero(module for target, module in ready.modules.items() if target not in touched)
-    ledger.extras(adapter.extras, document.tensors)
+    provable = _prove.provable(origins, conversions)
     return Converted(
         kept,
         document,
-        ledger.closed(adapter),
-        tuple(_expected(fitted, provable)),
-        _rounded(fitted, store, ready.arch, provable),
+        _ledger.account(adapter, ready, fitted, origins, dropped, document.tensors),
+        tuple(_prove.expected(fitted, provable)),
+        _prove.rounded(fitted, store, ready.arch, provable),
         tuple(conversions),
         tuple(dict.fromkeys((*ready.notes, *regrouped.notes))),
     )
@@ -185,78 +180,6 @@ def _modules(fitted: Sequence[_fit.Fitted], store: str) -> dict[Target, Module]:
     for each in fitted:
         if each.module is not None:
             found[each.module.target] = files.cast_module(each.module, store) if store else each.module
-    return found
-
-
-def _provable(origins: Mapping[str, Module], conversions: Sequence[Conversion]) -> dict[str, Module]:
-    """Modules that became LoRA exactly, whose former ΔW can be compared with the result's: it needs no base."""
-    exact = {each.target for each in conversions if each.exact}
-    return {
-        target: module
-        for target, module in origins.items()
-        if target in exact and module.magnitude is None and not kinds.get(module.kind).needs_base
-    }
-
-
-def _expected(fitted: Sequence[_fit.Fitted], provable: Mapping[str, Module]) -> list[Module]:
-    """What the result is compared with: the input's own modules, or their pieces where something was left out."""
-    by_weight: dict[tuple[str, str], list[_fit.Fitted]] = {}
-    for each in fitted:
-        target = each.step.module.target
-        by_weight.setdefault((target.component, target.path), []).append(each)
-    expected: dict[Target, Module] = {}
-    for group in by_weight.values():
-        whole = not any(each.misfits for each in group)
-        for each in group:
-            if whole:
-                for source in each.step.sources:
-                    expected[source.target] = provable.get(str(source.target), source)
-            elif each.module is not None:
-                expected[each.module.target] = each.module
-    return list(expected.values())
-
-
-def _rounded(
-    fitted: Sequence[_fit.Fitted], store: str, arch: str, provable: Mapping[str, Module]
-) -> dict[tuple[str, str], str]:
-    """The weights whose values may have been rounded, and to which store dtype."""
-    found: dict[tuple[str, str], str] = {}
-    for each in fitted:
-        if each.module is None:
-            continue
-        written = least_precise(each.module)
-        if store and _cuts(each.module, store):
-            found[weight_of(each.module, arch)] = store
-        elif each.rounded or any(str(source.target) in provable for source in each.step.sources):
-            found[weight_of(each.module, arch)] = store or written
-    return found
-
-
-def _cuts(module: Module, store: str) -> bool:
-    """Whether a store dtype may round a module's values."""
-    exact = {store, "F16", "BF16"} if DTYPES[store].bits > 16 else {store}
-    exact |= {"F32"} if store == "F64" else set()
-    return any(ref.dtype not in exact for ref in module.factors.values() if DTYPES[ref.dtype].floating)
-
-
-def verify(adapter: Adapter, converted: Converted, after: Adapter) -> Probed:
-    """Compare what was to be written with what was read back, by random probes.
-
-    Raises:
-        ConversionError: ΔW differs by more than rounding explains; the message names the weights.
-    """
-    from loratools.ops import _probe
-
-    found = _probe.compare(adapter.arch, converted.expected, after.modules.values(), converted.rounded)
-    if found.failed:
-        raise ConversionError(
-            f"ΔW of {len(found.failed)} of {found.weights} weights would change",
-            path=adapter.path or None,
-            keys=found.failed,
-            expected="A conversion leaves ΔW as it is, up to the rounding of the store dtype",
-            todo="Nothing was written. Choose a wider --dtype if values are too small or too large for this one; "
-            "otherwise this is a fault of loratools that should be reported",
-        )
     return found
 
 

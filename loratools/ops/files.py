@@ -18,8 +18,10 @@ from loratools.errors import (
     WriteError,
 )
 from loratools.formats._read import refuse_other_types
-from loratools.model import Adapter, Layout, Module
-from loratools.tensors import DTYPES, LazySource, TensorRef
+from loratools.model import Adapter, Layout
+from loratools.ops._cast import cast as cast
+from loratools.ops._cast import cast_module as cast_module
+from loratools.tensors import TensorRef
 
 CONFIG = "adapter_config.json"
 STORE_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
@@ -276,38 +278,6 @@ def without_extras(config: Mapping[str, Any]) -> dict[str, Any]:
     """A PEFT configuration that announces no tensors beside the factors."""
     announced = {"modules_to_save": None, "trainable_token_indices": None, "bias": "none"}
     return {key: announced.get(key, value) for key, value in config.items()}
-
-
-def cast_module(module: Module, dtype: str) -> Module:
-    """The module with its factors and its magnitude in another store dtype."""
-    factors = {role: cast(ref, dtype) for role, ref in module.factors.items()}
-    magnitude = cast(module.magnitude, dtype) if module.magnitude is not None else None
-    return module._replace(factors=factors, magnitude=magnitude)
-
-
-def cast(ref: TensorRef, dtype: str) -> TensorRef:
-    """The tensor in another store dtype; a value that becomes infinite is an error when it is loaded."""
-    if ref.dtype == dtype or not DTYPES[ref.dtype].floating:
-        return ref
-    if ref.transposed:
-        return cast(ref.flipped(), dtype).flipped()
-
-    def load() -> Any:
-        import torch
-
-        from loratools.errors import NonFiniteError
-
-        before = ref.load()
-        after = before.to(getattr(torch, DTYPES[dtype].torch)).contiguous()
-        if not torch.isfinite(after).all() and torch.isfinite(before).all():
-            raise NonFiniteError(
-                f"values up to {before.abs().max().item():.3g} do not fit {dtype}",
-                keys=[ref.name],
-                todo="Choose --dtype float32 or bfloat16",
-            )
-        return after
-
-    return TensorRef(ref.name, ref.shape, dtype, LazySource(load))
 
 
 def layout_of(form: formats.Format, container: str) -> Layout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from rich.console import Group, RenderableType
@@ -15,14 +16,16 @@ from loratools.report.values import Symbols, clean
 
 _KEYS_SHOWN = 5
 _CONVERSIONS_SHOWN = 10
+_SAME = "same"
 
-# What the fates mean, for somebody who has not read the documentation.
+# What the fates mean, for somebody who has not read the documentation, in the order in which they are told.
 _FATES = {
+    _SAME: "as they were",
     "moved": "renamed",
-    "split": "split from a fused weight",
+    "split": "split from fused weights",
     "fused": "fused with others",
-    "folded": "folded into factors",
     "converted": "turned into LoRA",
+    "folded": "folded into factors",
     "metadata": "kept in the metadata",
     "dropped": "dropped",
 }
@@ -43,26 +46,28 @@ def convert_text(
     inexact = [each for each in report.conversions if not each.exact]
     if inexact:
         parts.append(_conversions(inexact, width, symbols))
-    notes = [Text(f"Note: {clean(note)}", style="yellow") for note in report.notes]
+    notes = [Text(f"Note: {clean(note)}", style="yellow") for note in _notes(report.notes)]
     parts += [Padding(note, (0, 0, 0, 1), expand=False) for note in notes]
     return Group(*parts)
 
 
 def _facts(report: ConvertReport, symbols: Symbols, dry_run: bool) -> Iterator[tuple[str, str]]:
-    yield "from", f"{clean(report.input)} ({clean(report.source)} layout, {clean(report.arch)})"
     before, after = report.modules
+    yield "from", clean(report.input)
+    source, layout = clean(report.source), clean(report.layout)
+    yield "layout", layout if source == layout else f"{source} to {layout}"
+    yield "architecture", clean(report.arch)
     yield "modules", f"{before:,}" if before == after else f"{before:,}, written as {after:,}"
     yield "kinds", values.counts(report.kinds, symbols)
-    yield "rank", values.counts(report.ranks, symbols, limit=6)
+    # Kinds without a rank are counted as 0.
+    yield "rank", values.counts({rank: count for rank, count in report.ranks.items() if rank}, symbols, 6)
     yield "dtype", values.counts(report.dtypes, symbols)
-    fates = [f"{count:,} {_FATES.get(fate, fate)}" for fate, count in report.fates.items()]
-    yield "tensors", ", ".join(fates)
+    yield "tensors", _fates(report)
     if report.conversions:
         yield "to LoRA", _summary(report.conversions)
-    if report.dropped:
-        yield "dropped", _keys(report.dropped)
+    yield from (("dropped", each) for each in _dropped(report))
     yield "verified", _verified(report)
-    target = f"{clean(report.output)} ({clean(report.layout)} layout, {values.size(report.bytes)})"
+    target = f"{clean(report.output)} ({values.size(report.bytes)})"
     if dry_run:
         yield "would write", target
         yield "dry run", "nothing was written"
@@ -70,11 +75,34 @@ def _facts(report: ConvertReport, symbols: Symbols, dry_run: bool) -> Iterator[t
         yield "wrote", target
 
 
+def _fates(report: ConvertReport) -> str:
+    """``722 renamed, 722 kept in the metadata``; what kept its key is told apart from what has a new one."""
+    counts = Counter(
+        _SAME if entry.fate == "moved" and entry.into == (entry.key,) else entry.fate
+        for entry in report.ledger
+    )
+    return ", ".join(f"{counts[fate]:,} {words}" for fate, words in _FATES.items() if counts[fate])
+
+
+def _dropped(report: ConvertReport) -> Iterator[str]:
+    """What was left out, by what --drop calls it."""
+    groups: dict[str, list[str]] = {}
+    for entry in report.ledger:
+        if entry.fate == "dropped":
+            groups.setdefault(entry.detail, []).append(clean(entry.key))
+    for tag, keys in groups.items():
+        more = f" and {len(keys) - _KEYS_SHOWN:,} more" if len(keys) > _KEYS_SHOWN else ""
+        shown = ", ".join(keys[:_KEYS_SHOWN])
+        yield f"{values.plural(len(keys), 'tensor')} ({clean(tag)}): {shown}{more}"
+
+
 def _verified(report: ConvertReport) -> str:
     if report.weights is None:
         return "no (--no-verify)"
-    worst = f" ({clean(report.worst)})" if report.error else ""
-    return f"ΔW·x of {values.plural(report.weights, 'weight')}, largest error {report.error or 0:.1e}{worst}"
+    what = f"{values.plural(report.weights, 'weight')} on random inputs"
+    if not report.error:
+        return f"{what}, no difference"
+    return f"{what}, largest difference {report.error:.1e} ({clean(report.worst)})"
 
 
 def _summary(conversions: Sequence[Conversion]) -> str:
@@ -91,12 +119,18 @@ def _conversions(conversions: Sequence[Conversion], width: int, symbols: Symbols
         Column("module", [clean(each.target) for each in worst], fold=24),
         Column("kind", [clean(each.kind) for each in worst], priority=1),
         Column("rank", [f"{each.rank:,}" for each in worst], right=True),
-        Column("error of ΔW", [values.percentage(each.error) for each in worst], right=True),
+        Column("error", [values.percentage(each.error) for each in worst], right=True),
     ]
-    return table(columns, width=width, symbols=symbols)
+    left = len(conversions) - len(worst)
+    title = f"largest errors of {len(conversions):,} modules" if left else ""
+    return table(columns, width=width, symbols=symbols, title=title)
 
 
-def _keys(keys: Sequence[str]) -> str:
-    first = ", ".join(clean(key) for key in keys[:_KEYS_SHOWN])
-    more = f" and {len(keys) - _KEYS_SHOWN:,} more" if len(keys) > _KEYS_SHOWN else ""
-    return f"{values.plural(len(keys), 'tensor')}: {first}{more}"
+def _notes(notes: Sequence[str]) -> Iterator[str]:
+    """The notes, one for all weights of which the same is said: a model's blocks are alike."""
+    groups: dict[str, list[str]] = {}
+    for note in notes:
+        first, _, rest = note.partition(" ")
+        groups.setdefault(rest if "." in first else note, []).append(note)
+    for found in groups.values():
+        yield found[0] if len(found) == 1 else f"{found[0]} (and {len(found) - 1:,} more like it)"

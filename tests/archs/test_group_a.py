@@ -11,6 +11,7 @@ from loratools import archs
 from loratools.archs import detect
 from loratools.archs._table import DIFFUSERS, NATIVE
 from loratools.model import Rows
+from tests.archs.hunyuan15 import in_comfy_names, is_apart
 
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared"
 NAMES = SHARED / "names"
@@ -46,7 +47,8 @@ def read(name):
     path = NAMES / f"{name}.json"
     if not path.exists():
         pytest.skip(f"{path.name} is not among the shared data here")
-    return json.loads(path.read_text())
+    data = json.loads(path.read_text())
+    return in_comfy_names(data) if name == "hunyuan_video15" else data
 
 
 def part_of(file, part):
@@ -90,8 +92,10 @@ def test_kohya_files_spell_every_module_as_trainers_do(file, part):
     row = arch.component(component)
     for entry in data["modules"]:
         found = arch.resolve(entry["kohya"])
-        assert (found.component, found.path, found.rows) == (component, entry["native"], None)
-        spelt = arch.spell(component, found.path, None, row.kohya_dialect, "_")
+        assert (found.component, found.path) == (component, entry["native"])
+        # Only Hunyuan Video 1.5's trainers have q, k and v of the streams apart.
+        assert shares(found.rows) == (expected_shares(entry) if is_apart(entry.get("original", "")) else None)
+        spelt = arch.spell(component, found.path, found.rows, row.kohya_dialect, "_")
         assert row.prefix("kohya") + spelt == entry["kohya"]
 
 
@@ -371,3 +375,67 @@ def test_an_xlabs_file_is_flux():
 def test_the_dialects_that_layouts_use(arch, layout, dialect):
     usual = {"ai-toolkit": DIFFUSERS, "lycoris": DIFFUSERS, "musubi": "kohya"}[layout]
     assert archs.get(arch).components[0].dialect(layout, usual) == dialect
+
+
+@pytest.mark.parametrize("separator", [".", "_"])
+def test_hunyuan_video_15_in_the_originals_names(separator):
+    arch, component, data = part_of("hunyuan_video15", "transformer")
+    for entry in data["modules"]:
+        body = entry["original"].replace(".", separator)
+        for prefix in ("", "diffusion_model.", "lora_unet_"):
+            found = arch.resolve(prefix + body, "original")
+            assert (found.component, found.path) == (component, entry["native"])
+            whole = entry["rows"] is not None and not is_apart(entry["original"])
+            assert shares(found.rows) == (None if whole or entry["swap"] else expected_shares(entry))
+        assert arch.spell(component, found.path, found.rows, "original", separator) == body
+
+
+HUNYUAN_IMAGE = [
+    ("double_blocks.3.img_attn_qkv", "double_blocks.3.img_attn.qkv"),
+    ("double_blocks.3.txt_attn_proj", "double_blocks.3.txt_attn.proj"),
+    ("double_blocks.3.img_mlp.fc1", "double_blocks.3.img_mlp.0"),
+    ("double_blocks.3.txt_mlp.fc2", "double_blocks.3.txt_mlp.2"),
+    ("double_blocks.3.img_mod.linear", "double_blocks.3.img_mod.lin"),
+    ("double_blocks.3.img_attn_q_norm", "double_blocks.3.img_attn.norm.query_norm"),
+    ("single_blocks.39.linear1", "single_blocks.39.linear1"),
+    ("single_blocks.39.modulation.linear", "single_blocks.39.modulation.lin"),
+    (
+        "txt_in.individual_token_refiner.blocks.1.self_attn_qkv",
+        "txt_in.individual_token_refiner.blocks.1.self_attn.qkv",
+    ),
+    ("time_r_in.mlp.2", "time_r_in.out_layer"),
+    ("byt5_in.fc3", "byt5_in.fc3"),
+]
+
+
+@pytest.mark.parametrize(("own", "comfy"), HUNYUAN_IMAGE)
+def test_hunyuan_image_has_fluxs_names_in_comfyui_and_its_own_elsewhere(own, comfy):
+    arch = archs.get("hunyuan_image")
+    denoiser = arch.components[0]
+    assert denoiser.dialect("comfy", NATIVE) == "comfy"
+    assert arch.spell("denoiser", own, None, "comfy") == comfy
+    assert arch.spell("denoiser", own, None, NATIVE) == own
+    for body in (own, comfy):
+        for prefix in ("diffusion_model.", "lora_unet_", ""):
+            found = arch.resolve(prefix + body)
+            assert (found.path, found.rows) == (own, None)
+            assert arch.spell("denoiser", found.path, None, found.dialect) == body
+        flat = arch.resolve("lora_unet_" + body.replace(".", "_"))
+        assert (flat.path, flat.separator) == (own, "_" if "." in body else flat.separator)
+
+
+@pytest.mark.parametrize(("width", "name"), [(3584, "hunyuan_image"), (2048, "hunyuan_video15")])
+def test_relatives_in_comfyuis_names_are_told_from_flux_by_their_widths(width, name):
+    shapes = {
+        "double_blocks.0.img_attn.qkv": (3, 1),
+        "double_blocks.0.txt_attn.proj": (1, 1),
+        "double_blocks.1.img_mlp.0": (4, 1),
+    }
+
+    def found(size):
+        return detect({f"diffusion_model.{n}": (h * size, w * size) for n, (h, w) in shapes.items()}, {})
+
+    assert (found(width).arch, found(width).candidates) == (name, ())
+    # Without a width that says so, the names are those of Flux.1 and what was derived from it.
+    assert set(found(16).candidates) == {"chroma", "flux"}
+    assert found(3072).arch == "flux"

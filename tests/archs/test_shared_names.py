@@ -11,6 +11,7 @@ from loratools.archs import detect
 from loratools.archs._names import parse
 from loratools.archs._table import DIFFUSERS, NATIVE
 from loratools.model import Rows
+from tests.archs.hunyuan15 import in_comfy_names
 
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared"
 NAMES = SHARED / "names"
@@ -94,7 +95,8 @@ ALIKE = [
 def read(path):
     if not path.exists():
         pytest.skip(f"{path.name} is not among the shared data here")
-    return json.loads(path.read_text())
+    data = json.loads(path.read_text())
+    return in_comfy_names(data) if path.stem == "hunyuan_video15" else data
 
 
 def intervals(rows):
@@ -194,8 +196,9 @@ def test_a_file_of_all_names_is_detected(table):
     data = read(NAMES / f"{table}.json")["components"]
     (part,) = (part for part, component in components.items() if component == "denoiser")
     for spelling in SPELLINGS:
-        # Z-Image's Kohya files have diffusers' names.
-        whole = spelling in ("native", "kohya_native") or (spelling == "kohya" and name != "z_image")
+        # Kohya's files have q, k and v of these apart.
+        split = name in ("z_image", "hunyuan_video15")
+        whole = spelling in ("native", "kohya_native") or (spelling == "kohya" and not split)
         stems = spelt(data[part]["modules"], spelling, whole=whole)
         if stems:
             detection = detect(stems, {})

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -49,15 +49,48 @@ def shapes() -> Iterator[tuple[str, tuple[int, int]]]:
         yield f"{stem}_mlp_fc2", (768, 3072)
 
 
-def make(path: Path, *, rank: int = 32, seed: int = 0) -> Path:
-    """An adapter of that shape in float16, with Gaussian factors."""
+def flux_shapes() -> Iterator[tuple[str, tuple[int, int]]]:
+    """The 304 modules of Flux.1's transformer that Kohya's trainer adapts, fused as they are there, with (out, in)."""
+    width = 3072
+    for block in range(19):
+        for stream in ("img", "txt"):
+            stem = f"lora_unet_double_blocks_{block}_{stream}"
+            yield f"{stem}_attn_qkv", (3 * width, width)
+            yield f"{stem}_attn_proj", (width, width)
+            yield f"{stem}_mlp_0", (4 * width, width)
+            yield f"{stem}_mlp_2", (width, 4 * width)
+            yield f"{stem}_mod_lin", (6 * width, width)
+    for block in range(38):
+        stem = f"lora_unet_single_blocks_{block}"
+        yield f"{stem}_linear1", (7 * width, width)
+        yield f"{stem}_linear2", (width, 5 * width)
+        yield f"{stem}_modulation_lin", (3 * width, width)
+
+
+def make(
+    path: Path,
+    *,
+    rank: int = 32,
+    seed: int = 0,
+    modules: Iterable[tuple[str, tuple[int, int]]] | None = None,
+    version: str = "sdxl_base_v1-0",
+) -> Path:
+    """A Kohya file in float16, with Gaussian factors.
+
+    Args:
+        path: The output.
+        rank: Of every module.
+        seed: Of the values.
+        modules: Names and (out, in); default: the SDXL-shaped ones.
+        version: The base model that its metadata names.
+    """
     generator = np.random.default_rng(seed)
     tensors: dict[str, np.ndarray] = {}
-    for stem, (out, width) in shapes():
+    for stem, (out, width) in shapes() if modules is None else modules:
         tensors[f"{stem}.alpha"] = np.array(rank / 2, np.float16)
         tensors[f"{stem}.lora_down.weight"] = _normal(generator, (rank, width))
         tensors[f"{stem}.lora_up.weight"] = _normal(generator, (out, rank))
-    save_file(tensors, path, {"ss_base_model_version": "sdxl_base_v1-0", "ss_network_dim": str(rank)})
+    save_file(tensors, path, {"ss_base_model_version": version, "ss_network_dim": str(rank)})
     return path
 
 

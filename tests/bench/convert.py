@@ -1,7 +1,8 @@
-"""Converting an SDXL-shaped adapter of rank 32 against copying the file, in one run.
+"""Converting an adapter against copying its file, both as whole processes less their start-up, taken in turn.
 
-Each time is a whole process less a start-up: for the conversion that of ``loratools --version`` with the imports that
-any conversion needs, for the copy that of a process that copies nothing.
+The start-up of a conversion is the same command on an adapter of one module of each kind of block: it imports all that
+the conversion needs, and does next to nothing. That of copying is a process that imports what copies. A conversion
+brings its output to the disk (fsync) before it takes its name; the copy does the same, and is timed without as well.
 
 Run: python -m tests.bench.convert
 """
@@ -11,51 +12,100 @@ from __future__ import annotations
 import statistics
 import subprocess
 import tempfile
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
-from tests.bench._common import PYTHON, make, timed
+from tests.bench._common import LORATOOLS, PYTHON, flux_shapes, make, shapes, timed
 
-RUNS = 9
+ROUNDS = 9
 
-_COPY = "import sys, shutil; shutil.copyfile(sys.argv[1], sys.argv[2])"
-_START = "import loratools.cli, loratools.ops.convert, numpy"
+_IMPORTS = "import os, shutil, sys"
+_COPY = f"{_IMPORTS}; shutil.copyfile(sys.argv[1], sys.argv[2])"
+_DURABLE = f"{_COPY}; os.fsync(os.open(sys.argv[2], os.O_RDWR))"
+
+
+class Round(NamedTuple):
+    """Seconds beyond start-up.
+
+    Attributes:
+        plain: Converting with --no-verify.
+        proven: Converting and verifying.
+        copied: Copying to the disk.
+        cached: Copying, with the data left to the system to write.
+    """
+
+    plain: float
+    proven: float
+    copied: float
+    cached: float
 
 
 def main() -> None:
     """Print times and ratios."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source = make(folder / "kohya.safetensors", rank=32)
-        size = source.stat().st_size
-        print(f"an SDXL-shaped adapter: 794 modules, rank 32, float16, {size / 1e6:.0f} MB")
-        start = _median([PYTHON, "-c", _START])
-        bare = _median([PYTHON, "-c", "import sys, shutil"])
-        copy = _median([PYTHON, "-c", _COPY, str(source), str(folder / "copy.safetensors")]) - bare
-        print(f"copying the file: {copy:.3f} s")
+        sdxl = make(folder / "sdxl.safetensors")
+        tiny = make(folder / "tiny.safetensors", modules=[*islice(shapes(), 3), *islice(shapes(), 790, 793)])
+        _describe("an SDXL-shaped adapter: 794 modules, rank 32, float16", sdxl)
         for layout in ("diffusers", "comfy", "kohya"):
-            command = [
-                PYTHON,
-                "-m",
-                "loratools",
-                "convert",
-                str(source),
-                "--to",
-                layout,
-                "--overwrite",
-                "--quiet",
-            ]
-            command += ["-o", str(folder / f"{layout}.safetensors")]
-            plain = _median([*command, "--no-verify"]) - start
-            proven = _median(command, runs=3) - start
-            print(
-                f"convert --to {layout}: {plain:.3f} s beyond start-up, {plain / copy:.2f} x copying; "
-                f"with --verify {proven:.2f} s"
-            )
+            _report(f"kohya to {layout}", sdxl, tiny, layout)
+        flux = make(folder / "flux.safetensors", rank=16, modules=flux_shapes(), version="flux1")
+        few = [*islice(flux_shapes(), 10), *islice(flux_shapes(), 190, 193)]
+        tiny = make(folder / "few.safetensors", rank=16, modules=few, version="flux1")
+        _describe("a Flux-shaped adapter: 304 modules, 114 of them fused, rank 16, float16", flux)
+        _report("kohya to diffusers, which splits", flux, tiny, "diffusers")
+        parts = _converted(flux, "diffusers", folder / "parts.safetensors")
+        tiny = _converted(tiny, "diffusers", folder / "few_parts.safetensors")
+        _describe("the same in parts: 494 modules", parts)
+        _report("diffusers to kohya, which fuses", parts, tiny, "kohya")
 
 
-def _median(command: list[str], runs: int = RUNS) -> float:
-    timed(command)
-    return statistics.median(timed(command) for _ in range(runs))
+def _describe(what: str, path: Path) -> None:
+    print(f"{what}, {path.stat().st_size / 1e6:.0f} MB")
+
+
+def _report(what: str, source: Path, tiny: Path, layout: str) -> None:
+    _round(source, tiny, layout)
+    rounds = [_round(source, tiny, layout) for _ in range(ROUNDS)]
+    plain, proven, copied, cached = (statistics.median(column) for column in zip(*rounds, strict=True))
+    ratio, proven_ratio, cached_ratio = (
+        statistics.median(ratios)
+        for ratios in zip(
+            *(
+                (each.plain / each.copied, each.proven / each.copied, each.plain / each.cached)
+                for each in rounds
+            ),
+            strict=True,
+        )
+    )
+    print(
+        f"  {what}: {plain:.2f} s beyond start-up against {copied:.2f} s for a copy, {ratio:.2f} x "
+        f"({cached_ratio:.2f} x one that is not brought to the disk, {cached:.2f} s); "
+        f"with --verify {proven:.2f} s, {proven_ratio:.2f} x"
+    )
+
+
+def _round(source: Path, tiny: Path, layout: str) -> Round:
+    """All of it once, in turn, so that what else the machine does meets all alike."""
+    start = timed([*_command(tiny, layout), "--no-verify"])
+    plain = timed([*_command(source, layout), "--no-verify"]) - start
+    proven = timed(_command(source, layout)) - start
+    output = str(source.with_suffix(".copy"))
+    bare = timed([PYTHON, "-c", _IMPORTS])
+    copied = timed([PYTHON, "-c", _DURABLE, str(source), output]) - bare
+    cached = timed([PYTHON, "-c", _COPY, str(source), output]) - bare
+    return Round(plain, proven, copied, cached)
+
+
+def _command(source: Path, layout: str) -> list[str]:
+    output = source.with_suffix(".out.safetensors")
+    return [LORATOOLS, "convert", str(source), "-o", str(output), "--to", layout, "--overwrite", "--quiet"]
+
+
+def _converted(source: Path, layout: str, output: Path) -> Path:
+    timed([LORATOOLS, "convert", str(source), "-o", str(output), "--to", layout, "--quiet"])
+    return output
 
 
 if __name__ == "__main__":

@@ -254,9 +254,34 @@ def test_peft_wants_a_folder_and_the_others_a_safetensors_file(tmp_path: Path) -
 
 def test_peft_holds_one_component(tmp_path: Path) -> None:
     made = make.kohya(tmp_path / "a.safetensors", "sd15", only=["attn", "te_"])
-    with pytest.raises(LayoutError, match="more than one component"):
+    with pytest.raises(LayoutError, match="more than one component") as caught:
         lt.save(lt.load(made.path), tmp_path / "b", layout="peft")
+    assert set(caught.value.keys) == {key for key in made.tensors if key.startswith("lora_te_")}
     assert not (tmp_path / "b").exists()
+    encoder = make.kohya(tmp_path / "c.safetensors", "sd15", only=["te_"])
+    lt.save(lt.load(encoder.path, arch="sd15"), tmp_path / "c", layout="peft")
+    assert len(lt.load(tmp_path / "c", arch="sd15").modules) == len(encoder.deltas)
+
+
+def test_a_component_inside_another_is_under_its_own_prefix_in_peft(tmp_path: Path) -> None:
+    """Anima's conditioner is a part of its transformer, and both have a block of the same name."""
+    tensors = {
+        f"lora_unet_{path}.lora_{role}.weight": torch.full(shape, float(value))
+        for value, path in enumerate(
+            ("blocks_0_cross_attn_q_proj", "llm_adapter_blocks_0_cross_attn_q_proj"), 1
+        )
+        for role, shape in (("up", (8, 2)), ("down", (2, 8)))
+    }
+    make.write_safetensors(tmp_path / "a.safetensors", tensors, None)
+    adapter = lt.load(tmp_path / "a.safetensors", arch="anima")
+    assert set(adapter.components()) == {"denoiser", "text_conditioner"}
+    lt.save(adapter, tmp_path / "b", layout="peft")
+    again = lt.load(tmp_path / "b", arch="anima")
+    make.assert_close(make.deltas_of(again), make.deltas_of(adapter))
+    assert again.config["target_modules"] == [
+        "llm_adapter.blocks.0.cross_attn.q_proj",
+        "transformer_blocks.0.attn2.to_q",
+    ]
 
 
 def test_a_kind_that_a_layout_has_no_place_for_is_named(tmp_path: Path) -> None:

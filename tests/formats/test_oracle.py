@@ -207,3 +207,19 @@ def test_reference_files_are_written_back(name: str, tmp_path: Path) -> None:
     path = ORACLE / name / "input" / "lora.safetensors"
     lt.save(lt.load(path), tmp_path / "b.safetensors")
     assert make.read_safetensors(tmp_path / "b.safetensors") == make.read_safetensors(path)
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_pefts_other_kinds_have_the_scale_that_peft_gives_them(kind: str) -> None:
+    """Their configuration calls it ``alpha``, not ``lora_alpha``."""
+    case = ORACLE / f"peft_tolora__{kind}"
+    adapter = lt.load(case / "input" / "adapter")
+    assert adapter.kinds == {kind: 6}
+    assert {(module.alpha, module.scale) for module in adapter.modules.values()} == {(4.0, 2.0)}
+    compare = json.loads((case / "manifest.json").read_text("utf-8"))["compare"]
+    truth = load_file(case / "expected" / "delta.safetensors")
+    assert {target.path for target in adapter.modules} == set(truth)
+    for target, module in adapter.modules.items():
+        np.testing.assert_allclose(
+            module.delta().numpy(), truth[target.path], rtol=compare["rtol"], atol=compare["atol"]
+        )

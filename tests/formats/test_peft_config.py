@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import factories as make
 import numpy as np
@@ -153,3 +155,51 @@ def test_peft_keeps_a_merged_lora_bias(tmp_path: Path) -> None:
         bias = layer.lora_B["default"].bias * layer.scaling["default"]
         want = made.tensors[f"base_model.model.{path}.lora_B.bias"] * (8 / 4) * 2
         assert torch.allclose(bias, want, atol=1e-6)
+
+
+def lycoris_folder(folder: Path, factors: Mapping[str, torch.Tensor], **fields: Any) -> Path:
+    """A PEFT folder with one LoHa or LoKr module, of the first Flux block's image output."""
+    folder.mkdir()
+    stem = "base_model.model.transformer_blocks.0.attn.to_out.0"
+    tensors = {f"{stem}.{role}": tensor for role, tensor in factors.items()}
+    make.write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    config = {"r": 4, "alpha": 6, "target_modules": ["to_out.0"], **fields}
+    (folder / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "scale"),
+    [({}, 1.5), ({"alpha_pattern": {"to_out.0": 8}}, 2.0), ({"rank_pattern": {"to_out.0": 12}}, 0.5)],
+)
+def test_a_whole_lokr_is_scaled_by_pefts_configuration_and_nowhere_else(
+    fields: dict[str, Any], scale: float, tmp_path: Path
+) -> None:
+    """PEFT scales it whatever its factors are; LyCORIS' readers never do, so that the scale goes into the factors."""
+    factors = {"lokr_w1": torch.randn(2, 2), "lokr_w2": torch.randn(4, 4)}
+    adapter = lt.load(lycoris_folder(tmp_path / "a", factors, peft_type="LOKR", **fields), arch="flux")
+    (module,) = adapter.modules.values()
+    assert (module.kind, module.rank, module.scale) == ("lokr", None, scale)
+    wanted = scale * torch.kron(*(factor.double() for factor in factors.values()))
+    torch.testing.assert_close(module.delta().double(), wanted, rtol=1e-6, atol=0)
+    lt.save(adapter, tmp_path / "b.safetensors", layout="kohya")
+    again = lt.load(tmp_path / "b.safetensors", arch="flux")
+    (module,) = again.modules.values()
+    assert module.scale == 1.0
+    torch.testing.assert_close(module.delta().double(), wanted, rtol=1e-6, atol=0)
+
+
+def test_a_loha_keeps_its_scale_on_the_way_to_kohya(tmp_path: Path) -> None:
+    factors = {
+        f"hada_w{n}_{side}": torch.randn(*shape)
+        for n in "12"
+        for side, shape in (("a", (8, 4)), ("b", (4, 8)))
+    }
+    adapter = lt.load(lycoris_folder(tmp_path / "a", factors, peft_type="LOHA"), arch="flux")
+    assert {module.scale for module in adapter.modules.values()} == {1.5}
+    lt.save(adapter, tmp_path / "b.safetensors", layout="kohya")
+    written, _ = make.read_safetensors(tmp_path / "b.safetensors")
+    assert {key.rpartition(".")[2]: value[2] for key, value in written.items()} == {
+        "alpha": torch.tensor(6.0).numpy().tobytes(),
+        **{role: tensor.numpy().tobytes() for role, tensor in factors.items()},
+    }

@@ -127,3 +127,66 @@ def test_every_adapter_there_and_back(row: dict[str, str], tmp_path: Path) -> No
             back(written, adapter, layout, folder)
     assert held >= HOLDS[row["layout"]]
     assert make.digest(source) == before
+
+
+# Names and shapes alone. By file: the architecture to read it as, where the makers' stand-in widths fit none; how many
+# modules each layout writes, or what it says that it cannot hold.
+PLANS: dict[str, tuple[str | None, dict[str, int | str]]] = {
+    "anima_lora_kohya_format": ("anima", {"kohya": 11, "diffusers": 11, "comfy": 11}),
+    "anima_lora_lokr_format": ("anima", {"kohya": 3, "diffusers": "LoKr", "comfy": 3}),
+    "flux_control_lora_format": (
+        None,
+        dict.fromkeys(("kohya", "diffusers", "comfy"), "tensors that belong to no module"),
+    ),
+    "flux_lokr_bfl_format": ("flux", {"kohya": 6, "diffusers": "LoKr", "comfy": 6}),
+    "flux_lora_diffusers_base_model_format": (None, {"kohya": 191, "diffusers": 381, "comfy": 191}),
+    "flux_lora_diffusers_no_proj_mlp_format": (None, {"kohya": 190, "diffusers": 342, "comfy": 190}),
+    "flux_lora_kohya_with_te1_format": (None, {"kohya": 376, "diffusers": 566, "comfy": 376}),
+    "krea2_lora_kohya_format": (
+        None,
+        {"kohya": 40, "diffusers": "names whose dots", "comfy": "names whose dots"},
+    ),
+    "qwen_image_lora_kohya_format": ("qwen_image", {"kohya": 8, "diffusers": "LoKr", "comfy": 8}),
+    "stripped__peft_adapter_model.safetensors": (None, {"kohya": 191, "diffusers": 381, "comfy": 191}),
+}
+
+
+def skeleton(name: str, arch: str | None) -> Adapter:
+    """A file of which only names and shapes are known; its factors are zero, its alphas one."""
+
+    def zeros(shape: tuple[int, ...]) -> LazySource:
+        return LazySource(lambda: torch.zeros(shape) if shape else torch.ones(()))
+
+    rows = json.loads((SKELETONS / f"{name}.json").read_text("utf-8"))
+    # What is no tensor (a header's metadata, a nested checkpoint) has no shape.
+    shapes = {key: tuple(row["shape"]) for key, row in rows.items() if "shape" in row}
+    return formats.read(
+        {key: TensorRef(key, shape, "F32", zeros(shape)) for key, shape in shapes.items()}, arch=arch
+    )
+
+
+@needs_skeletons
+@pytest.mark.parametrize("name", PLANS)
+def test_large_files_are_planned_without_losing_a_key(name: str) -> None:
+    arch, plans = PLANS[name]
+    adapter = skeleton(name, arch)
+    for layout, expected in plans.items():
+        if isinstance(expected, str):
+            with pytest.raises(LoraError, match=expected) as caught:
+                convert.convert(adapter, layout)
+            assert set(caught.value.keys) <= set(adapter.order)
+            continue
+        converted = convert.convert(adapter, layout)
+        assert len(converted.adapter.modules) == expected
+        fates = Counter(entry.fate for entry in converted.ledger)
+        assert fates.keys() <= {"moved", "split", "fused", "folded", "metadata"}
+        assert [entry.key for entry in converted.ledger] == list(adapter.order)
+        written = {ref.name for ref in converted.document.tensors}
+        reached = {key for entry in converted.ledger for key in entry.into}
+        assert {key for key in written - reached if not key.endswith(".alpha")} == set()
+
+
+@needs_skeletons
+def test_every_skeleton_of_an_adapter_has_a_plan() -> None:
+    found = {path.stem for path in SKELETONS.glob("*.json") if skeleton(path.stem, None).modules}
+    assert found == PLANS.keys()

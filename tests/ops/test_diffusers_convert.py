@@ -33,17 +33,13 @@ def peers() -> None:
         pytest.importorskip(name, reason=f"{name} is not installed")
 
 
-class Pipeline:
-    """A pipeline of nothing but a loader and its models, in float64 so that fusing rounds nothing away."""
+def pipeline_of(arch: str, models: tiny.Models) -> Any:
+    """A pipeline's loader with nothing but models, in float64 so that fusing rounds nothing away."""
+    from diffusers.loaders import lora_pipeline
 
-    def __new__(cls, arch: str, models: tiny.Models) -> Any:
-        from diffusers.loaders import lora_pipeline
-
-        mixin = getattr(lora_pipeline, tiny.CASES[arch].mixin)
-        made = type("Pipeline", (mixin,), {})()
-        for name, model in models.items():
-            setattr(made, name, model.double())
-        return made
+    mixin = getattr(lora_pipeline, tiny.CASES[arch].mixin)
+    models = {name: model.double() for name, model in models.items()}
+    return type("Pipeline", (mixin,), {"hf_device_map": None, "components": models, **models})()
 
 
 @contextmanager
@@ -131,7 +127,7 @@ def comfy(arch: str) -> Callable[[tiny.Weight], str]:
 
 def loaded(arch: str, models: tiny.Models, file: Path) -> Any:
     """The pipeline with the file's LoRA in its models, taken without a word of warning."""
-    pipeline = Pipeline(arch, models)
+    pipeline = pipeline_of(arch, models)
     with nothing_said():
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
     return pipeline

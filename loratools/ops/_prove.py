@@ -1,0 +1,90 @@
+"""What a conversion has to leave as it is, and the comparison that proves it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from loratools import kinds
+from loratools.errors import ConversionError
+from loratools.model import Adapter, Module, Target
+from loratools.ops import _fit
+from loratools.ops._weights_of import least_precise, weight_of
+from loratools.ops.results import Conversion
+from loratools.tensors import DTYPES
+
+if TYPE_CHECKING:
+    from loratools.ops._probe import Probed
+    from loratools.ops.convert import Converted
+
+
+def provable(origins: Mapping[str, Module], conversions: Sequence[Conversion]) -> dict[str, Module]:
+    """Modules that became LoRA exactly, whose former ΔW can be compared with the result's: it needs no base."""
+    exact = {each.target for each in conversions if each.exact}
+    return {
+        target: module
+        for target, module in origins.items()
+        if target in exact and module.magnitude is None and not kinds.get(module.kind).needs_base
+    }
+
+
+def expected(fitted: Sequence[_fit.Fitted], provable: Mapping[str, Module]) -> list[Module]:
+    """What the result is compared with: the input's own modules, or their pieces where something was left out."""
+    by_weight: dict[tuple[str, str], list[_fit.Fitted]] = {}
+    for each in fitted:
+        target = each.step.module.target
+        by_weight.setdefault((target.component, target.path), []).append(each)
+    found: dict[Target, Module] = {}
+    for group in by_weight.values():
+        whole = not any(each.misfits for each in group)
+        for each in group:
+            if whole:
+                for source in each.step.sources:
+                    found[source.target] = provable.get(str(source.target), source)
+            elif each.module is not None:
+                found[each.module.target] = each.module
+    return list(found.values())
+
+
+def rounded(
+    fitted: Sequence[_fit.Fitted], store: str, arch: str, provable: Mapping[str, Module]
+) -> dict[tuple[str, str], str]:
+    """The weights whose values may have been rounded, and to which store dtype."""
+    found: dict[tuple[str, str], str] = {}
+    for each in fitted:
+        if each.module is None:
+            continue
+        written = least_precise(each.module)
+        if store and _cuts(each.module, store):
+            found[weight_of(each.module, arch)] = store
+        elif each.rounded or any(str(source.target) in provable for source in each.step.sources):
+            found[weight_of(each.module, arch)] = store or written
+    return found
+
+
+def _cuts(module: Module, store: str) -> bool:
+    """Whether a store dtype may round a module's values."""
+    exact = {store, "F16", "BF16"} if DTYPES[store].bits > 16 else {store}
+    exact |= {"F32"} if store == "F64" else set()
+    return any(ref.dtype not in exact for ref in module.factors.values() if DTYPES[ref.dtype].floating)
+
+
+def verify(adapter: Adapter, converted: Converted, after: Adapter) -> Probed:
+    """Compare what was to be written with what was read back, by random probes.
+
+    Raises:
+        ConversionError: ΔW differs by more than rounding explains; the message names the weights.
+    """
+    from loratools.ops import _probe
+
+    found = _probe.compare(adapter.arch, converted.expected, after.modules.values(), converted.rounded)
+    if found.failed:
+        raise ConversionError(
+            f"ΔW of {len(found.failed)} of {found.weights} weights would change",
+            path=adapter.path or None,
+            keys=found.failed,
+            expected="A conversion leaves ΔW as it is, up to the rounding of the store dtype",
+            todo="Nothing was written. Choose a wider --dtype if values are too small or too large for this one; "
+            "otherwise this is a fault of loratools that should be reported",
+        )
+    return found
