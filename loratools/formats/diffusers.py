@@ -146,8 +146,14 @@ def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef
     tensors = _spell.factors(stem, module, _suffixes_of(module, layout), layout)
     if module.magnitude is not None:
         magnitude = _names.peft_magnitude(module.magnitude, module, layout)
-        tensors.append(magnitude.renamed(f"{stem}.lora_magnitude_vector"))
+        tensors.append(magnitude.renamed(f"{stem}.{_magnitude_suffix(module)}"))
     return tensors
+
+
+def _magnitude_suffix(module: Module) -> str:
+    """How a DoRA's vector ends: transformers, which loads the text encoders, knows it as a layer's weight alone."""
+    inside = module.target.component.startswith("text_encoder")
+    return "lora_magnitude_vector.weight" if inside else "lora_magnitude_vector"
 
 
 def _lokr(stem: str, module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from loratools import archs, kinds
 from loratools.errors import LayoutError, LoraError, OptionError
-from loratools.formats import Format
+from loratools.formats import Format, _names
 from loratools.model import Adapter, Layout, Module
 from loratools.ops import _scale
 from loratools.ops._regroup import Step
@@ -90,7 +90,8 @@ def fit(step: Step, adapter: Adapter, layout: Layout, form: Format, *, fold: boo
     try:
         spelt = form.speller(module, adapter, layout) if form.speller is not None else []
     except LoraError as error:
-        return _nothing(step, _tag(module, adapter, form), error.problem)
+        clause = error.problem.removeprefix(f"the {layout.name} layout cannot hold ")
+        return _nothing(step, _tag(module, adapter, form), f"it has no place for {clause}")
     return Fitted(step, module, rounded, tuple(spelt), misfits)
 
 
@@ -170,10 +171,33 @@ def _rescaled(ref: TensorRef, factor: float) -> TensorRef:
 
 def _tag(module: Module, adapter: Adapter, form: Format) -> str:
     """What --drop calls a module that the layout cannot name: its component, where that has no place at all."""
+    if form.single and module.target.component != _names.main_component(adapter):
+        return module.target.component
     owner = _owner(module, adapter)
     if owner is not None and owner.table is not None and owner.prefix(form.name) is None:
         return module.target.component
     return "unnamed"
+
+
+def apart(adapter: Adapter, form: Format, drop: Iterable[str]) -> tuple[Adapter, tuple[Misfit, ...]]:
+    """An adapter without the components that are to be dropped, where a layout holds but one; and what was left out.
+
+    Which component that is depends on what is left, and is not asked of each module.
+    """
+    chosen = set(drop) & set(adapter.components())
+    if not form.single or not chosen or len(chosen) == len(adapter.components()):
+        return adapter, ()
+    kept = {target: module for target, module in adapter.modules.items() if target.component not in chosen}
+    misfits = [
+        Misfit(module.target.component, _keys(module), "it holds one component")
+        for module in adapter.modules.values()
+        if module.target.component in chosen
+    ]
+    return replace(adapter, modules=kept), tuple(misfits)
+
+
+def _keys(module: Module) -> tuple[str, ...]:
+    return tuple(ref.name for _, ref in module.tensors() if ref.name) or (str(module.target),)
 
 
 def settle(misfits: Iterable[Misfit], drop: Iterable[str], layout: Layout, path: str) -> tuple[Misfit, ...]:

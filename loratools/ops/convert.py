@@ -91,12 +91,13 @@ def convert(
     goal = files.layout_of(form, container)
     known = keys_of(base) if base is not None else None
     ready, origins, conversions = _as_kind(_against(adapter, known), as_kind, rank, known, dtype, device)
+    ready, components = _fit.apart(ready, form, drop)
     regrouped = _regroup.regroup(ready, form)
     store = files.STORE_DTYPES.get(dtype, "")
     fitted = [_fit.fit(step, ready, goal, form, fold=fold, dtype=store) for step in regrouped.steps]
     extras, strangers = _extras(adapter, goal, form)
     misfits = [misfit for each in fitted for misfit in each.misfits]
-    dropped = _fit.settle([*misfits, *strangers], drop, goal, adapter.path)
+    dropped = _fit.settle([*components, *misfits, *strangers], drop, goal, adapter.path)
     modules = _modules(fitted, store)
     if not modules:
         raise LayoutError(
@@ -112,8 +113,15 @@ def convert(
         tuple(_prove.expected(fitted, provable)),
         _prove.rounded(fitted, store, ready.arch, provable),
         tuple(conversions),
-        tuple(dict.fromkeys((*ready.notes, *regrouped.notes))),
+        tuple(dict.fromkeys((*ready.notes, *regrouped.notes, *_lost(document, goal)))),
     )
+
+
+def _lost(document: Document, goal: Layout) -> Iterable[str]:
+    """What the container has no place for, in a sentence."""
+    told = [key for key in document.metadata if key != "format"]
+    if goal.container == "pickle" and told:
+        yield f"a bare list has no header: {len(told)} entries of metadata are not written (first: {told[0]})"
 
 
 def writable(layout: str) -> Format:

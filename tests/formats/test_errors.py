@@ -263,6 +263,16 @@ def test_peft_holds_one_component(tmp_path: Path) -> None:
     assert len(lt.load(tmp_path / "c", arch="sd15").modules) == len(encoder.deltas)
 
 
+def test_a_text_encoder_that_peft_could_not_tell_from_another_is_refused(tmp_path: Path) -> None:
+    """Both of Stable Diffusion XL's have the same names, which are read as the first one's."""
+    made = make.kohya(tmp_path / "a.safetensors", "sdxl", alpha=4.0, only=["te2_"])
+    with pytest.raises(
+        LayoutError, match=r"text_encoder_2 of Stable Diffusion XL.*--drop text_encoder_2"
+    ) as caught:
+        lt.save(lt.load(made.path, arch="sdxl"), tmp_path / "b", layout="peft")
+    assert set(caught.value.keys) == made.tensors.keys()
+
+
 def test_a_component_inside_another_is_under_its_own_prefix_in_peft(tmp_path: Path) -> None:
     """Anima's conditioner is a part of its transformer, and both have a block of the same name."""
     tensors = {

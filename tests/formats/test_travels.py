@@ -39,6 +39,26 @@ def test_tokens_travel_and_come_back_the_same(route: tuple[str, ...]) -> None:
     }
 
 
+@pytest.mark.parametrize("layout", ["kohya", "comfy"])
+def test_a_real_first_file_comes_back_with_its_tokens(layout: str, shared: Path) -> None:
+    (path,) = (shared / "corpus" / "cloneofsimo-safetensors").rglob("*.safetensors")
+    first = lt.load(path)
+    back = through(through(first, layout), "cloneofsimo")
+    assert set(first.extras) == set(back.extras) == {"<s1>", "<s2>"}
+    assert {key: first.extras[key].raw() for key in first.extras} == {
+        key: back.extras[key].raw() for key in back.extras
+    }
+    assert set(back.modules) == set(first.modules)
+    for target, module in first.modules.items():
+        assert back.modules[target].factors["up"].raw() == module.factors["up"].raw()
+        assert back.modules[target].factors["down"].raw() == module.factors["down"].raw()
+    # The classes that were searched are those that the trainer has names for, whatever the library calls them now.
+    classes = {"unet", "text_encoder"}
+    assert {key: back.metadata[key] for key in first.metadata.keys() - classes} == {
+        key: value for key, value in first.metadata.items() if key not in classes
+    }
+
+
 def test_numbers_and_marks_are_said_where_they_mean_something() -> None:
     start = through(kohya("cloneofsimo", SAID), "cloneofsimo")
     assert start.metadata["unet:0:rank"] == "1"
