@@ -26,11 +26,10 @@ def _droppable(ctx: click.Context, param: click.Parameter, value: tuple[str, ...
     """Callback of --drop: what nothing is called is wrong usage, whatever the file holds."""
     if value:
         from loratools.errors import OptionError
-        from loratools.model import Layout
         from loratools.ops import _fit
 
         try:
-            _fit.settle((), value, Layout(""), "")
+            _fit.refuse_unknown(value)
         except OptionError as error:
             raise click.BadParameter(str(error), ctx, param) from None
     return value

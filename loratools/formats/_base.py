@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from loratools.errors import LayoutError
-from loratools.model import EMPTY, Adapter, Layout, Module, Target
+from loratools.model import EMPTY, Adapter, Layout, Module, Rows, Target
 from loratools.tensors import TensorRef
 
 if TYPE_CHECKING:
@@ -190,7 +190,10 @@ class Format(NamedTuple):
             which case the scale has to be folded into the factors beforehand.
         adopt: How a tensor of no module from another layout is called here; None where there is no place for it.
         reads_as: The layouts that files written so are recognised as, where that is not its own name.
+        split: The pieces in which it names a weight of an architecture without a table; empty: in those that it has.
         parts: Whether it names parts of fused weights where no table does.
+        uniform: Whether all modules of a component are DoRA, or none.
+        unread: Whether readers pass over a component of an architecture, both by name, though it has a name here.
         single: Whether its names do not tell components apart, so that a file is of one.
         pickled: The variant that is written as a pickle, where it has one.
     """
@@ -212,7 +215,10 @@ class Format(NamedTuple):
     adopt: Adopter = nowhere
     reads_as: tuple[str, ...] = ()
     parts: bool = False
+    split: Callable[[str], tuple[Rows | None, ...]] = lambda _: ()
     single: bool = False
+    uniform: bool = False
+    unread: Callable[[str, str], bool] = lambda _arch, _component: False
     pickled: str = ""
 
     def states_scale(self, module: Module) -> bool:

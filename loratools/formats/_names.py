@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import NamedTuple
 
@@ -139,6 +139,29 @@ def body(arch: str, target: Target, dialect: str, separator: str, layout: Layout
 
 def _is_flattened(path: str) -> bool:
     return "." not in path and any(part.isdigit() for part in path.split("_"))
+
+
+def mixed(modules: Iterable[Module]) -> frozenset[str]:
+    """The components that have both DoRA and modules without a magnitude."""
+    seen = {(module.target.component, module.magnitude is None) for module in modules}
+    return frozenset([component for component, bare in seen if bare and (component, False) in seen])
+
+
+def refuse_mixture(adapter: Adapter, layout: Layout) -> None:
+    """Refuse DoRA beside plain LoRA in one model: PEFT makes all of them DoRA, with the base weight's norm.
+
+    Raises:
+        LayoutError: Some module of a component has a magnitude, and another has none.
+    """
+    both = mixed(adapter.modules.values())
+    keys = [
+        str(module.target)
+        for module in adapter.modules.values()
+        if module.magnitude is not None and module.target.component in both
+    ]
+    if keys:
+        what = f"both DoRA and plain LoRA in one {min(both)}, which has one configuration"
+        raise cannot_hold(layout, what, keys, "Write it as kohya instead")
 
 
 def peft_magnitude(magnitude: TensorRef, module: Module, layout: Layout) -> TensorRef:

@@ -36,6 +36,8 @@ _TRAINING: dict[str, Any] = {
     "lora_ga_config": None,
     "init_lora_weights": True,
 }
+# What PEFT adds to the rank that AdaLoRA's pruning left.
+_PRUNED = 1e-5
 # What configurations of all of PEFT's methods say.
 _SHARED = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version")
 
@@ -118,7 +120,7 @@ def build(
     # PEFT matches a pattern against any dotted tail; anchored, it means this module alone.
     start_of_path = "^" if anchored else ""
     ranks = {path: module.rank or 1 for path, module in found}
-    alphas = {path: module.scale * ranks[path] for path, module in found}
+    alphas = {path: _alpha(module) for path, module in found}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     kind = "ADALORA" if any(module.kind == "adalora" for _, module in found) else "LORA"
@@ -139,6 +141,9 @@ def build(
             if value != alpha
         },
     )
+    if kind == "ADALORA":
+        # Its patterns are masks of what pruning left, by parameter, and true as long as the tensors are the same.
+        config["rank_pattern"] = start.get("rank_pattern")
     if not keep_targets or not config.get("target_modules"):
         config["target_modules"] = sorted(ranks)
     if any("up_bias" in module.factors for _, module in found):
@@ -150,6 +155,18 @@ def build(
     if any(module.in_first and module.op == "linear" for _, module in found):
         config["fan_in_fan_out"] = True
     return config
+
+
+def _alpha(module: Module) -> float:
+    """The alpha that makes a module's scale: of AdaLoRA, over the rank that pruning left (see ``_scaling``)."""
+    rank = module.rank or 1
+    if module.kind != "adalora":
+        return module.scale * rank
+    left = module.factors["ranknum"].scalar() if "ranknum" in module.factors else rank
+    divisor = left + _PRUNED
+    # The one that was read makes the very scale; what is computed back may be off by a bit.
+    own = module.alpha
+    return own if own is not None and own / divisor == module.scale else module.scale * divisor
 
 
 def _whole(value: float) -> float | int:

@@ -29,7 +29,7 @@ _NAMING = Naming(
     "comfy",
     "native",
     ".",
-    {"denoiser": "diffusion_model.", "text_encoder": "text_encoders.clip_l.transformer."},
+    {"denoiser": "diffusion_model.", "text_encoder": "text_encoders.clip_l.transformer.", "model": ""},
     todo="Write it as diffusers or PEFT instead",
 )
 

@@ -42,12 +42,14 @@ _IMAGE_BODIES = (
 )
 # Whose loaders know LoKr; a file of theirs has nothing else.
 _LOKR_ARCHS = ("flux2", "z_image")
+# How many text encoders the pipelines' loaders take LoRA for; those of the others are passed over in silence.
+_ENCODERS_READ = {"sd15": 1, "sd2": 1, "sdxl": 2, "sd3": 2, "sd35_large": 2, "flux": 1, "chroma": 1}
 _UPDOWN = {"up": "lora.up.weight", "down": "lora.down.weight"}
 _NAMING = Naming(
     "diffusers",
     "diffusers",
     ".",
-    {owner: prefix for prefix, owner in reversed(_PREFIXES)},
+    {**{owner: prefix for prefix, owner in reversed(_PREFIXES)}, "model": ""},
     todo="Write it as kohya or PEFT instead",
 )
 
@@ -164,7 +166,16 @@ def _lokr(stem: str, module: Module, adapter: Adapter, layout: Layout) -> list[T
     return _spell.factors(stem, module, _suffixes.LOKR, layout)
 
 
+def _unread(arch: str, component: str) -> bool:
+    """Whether diffusers' pipelines pass over a component's modules: most text encoders."""
+    number = {"text_encoder": 1, "text_encoder_2": 2, "text_encoder_3": 3, "text_encoder_4": 4}.get(
+        component, 0
+    )
+    return number > _ENCODERS_READ.get(arch, 0)
+
+
 def _finisher(adapter: Adapter, tensors: list[TensorRef], layout: Layout) -> Document:
+    _names.refuse_mixture(adapter, layout)
     metadata = _carried.metadata(adapter, configs_apart=True)
     metadata.setdefault("format", "pt")
     if "lokr" in adapter.kinds:
@@ -199,4 +210,6 @@ FORMAT = Format(
     roles=frozenset((*_suffixes.PEFT, *_suffixes.LOKR, "magnitude")) - {"lokr_t2"},
     dialect=_NAMING.dialect,
     alpha="config",
+    uniform=True,
+    unread=_unread,
 )

@@ -16,7 +16,9 @@ from loratools.formats._names import Naming
 from loratools.model import Adapter, Layout, Module
 from loratools.tensors import TensorRef
 
-_SUFFIXES = {**_suffixes.PEFT, "lora_E": "lora_E", "ranknum": "ranknum"}
+# AdaLoRA's factors are bare parameters.
+_ADALORA = {"up": "lora_B", "down": "lora_A", "lora_E": "lora_E", "ranknum": "ranknum"}
+_SUFFIXES = {**_ADALORA, **_suffixes.PEFT}
 _NAMING = Naming("peft", "diffusers", ".", default=PEFT, todo="Write it as kohya or diffusers instead")
 
 
@@ -52,7 +54,9 @@ def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef
     _refuse_second_component(module, adapter, layout)
     stem = PEFT + _path(module, adapter, layout)
     _spell.refuse_kind(module, ("lora", "adalora"), layout)
-    suffixes = {**_SUFFIXES, **_suffixes.PEFT_EMBEDDING} if module.op == "embedding" else _SUFFIXES
+    suffixes = _ADALORA if module.kind == "adalora" else _SUFFIXES
+    if module.op == "embedding":
+        suffixes = {**suffixes, **_suffixes.PEFT_EMBEDDING}
     tensors = _spell.factors(stem, module, suffixes, layout)
     if module.magnitude is not None:
         magnitude = _names.peft_magnitude(module.magnitude, module, layout)
@@ -69,6 +73,7 @@ def _refuse_second_component(module: Module, adapter: Adapter, layout: Layout) -
 
 
 def _finisher(adapter: Adapter, tensors: list[TensorRef], layout: Layout) -> Document:
+    _names.refuse_mixture(adapter, layout)
     named = [(_path(module, adapter, layout), module) for module in adapter.modules.values()]
     start, keep = _start(adapter, {path for path, _ in named})
     config = _peft_config.build(
@@ -100,4 +105,5 @@ FORMAT = Format(
     dialect=_NAMING.dialect,
     alpha="config",
     single=True,
+    uniform=True,
 )

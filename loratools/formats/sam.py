@@ -14,7 +14,7 @@ from functools import lru_cache
 from loratools.errors import LayoutError
 from loratools.formats import _carried, _plain
 from loratools.formats._base import Document, Facts, Format, cannot_hold
-from loratools.model import Adapter, Layout, Module, Target
+from loratools.model import Adapter, Layout, Module, Rows, Target
 from loratools.tensors import TensorRef
 
 
@@ -30,6 +30,11 @@ def _numbers() -> Mapping[Target, int]:
 
     places = (sam_place(number) for number in range(2 * max(SAM_ENCODERS)))
     return {Target(place.component, place.path, place.rows): number for number, place in enumerate(places)}
+
+
+def _split(path: str) -> tuple[Rows | None, ...]:
+    """A block's fused qkv as its thirds; k has no number, but it may be zero."""
+    return tuple(Rows(((third, third + 1),), 3) for third in range(3)) if path.endswith(".attn.qkv") else ()
 
 
 def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef]:  # noqa: ARG001
@@ -71,4 +76,5 @@ FORMAT = Format(
     dialect="native",
     alpha="none",
     parts=True,
+    split=_split,
 )

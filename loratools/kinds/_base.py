@@ -110,6 +110,8 @@ class Kind(NamedTuple):
         low_rank: Whether ΔW is a product of two factors, so that it can be computed in factor space.
         row_axes: Along which axis of which factors the weight's rows run; the other factors serve all rows alike.
             None where the rows cannot be taken apart.
+        part_axes: As ``row_axes``, another choice where the factors leave one: for parts of a weight that are to be put
+            together and agree in all other factors.
         products: Pairs of roles (left, right) that are multiplied over the rank: modules of several rows are one
             with left block-diagonal and right stacked. Kinds without any stack their row factors, if the others agree.
         linear: Roles of which the first that is there may be multiplied by a number instead of ΔW.
@@ -128,6 +130,7 @@ class Kind(NamedTuple):
     specific: int = 1
     low_rank: bool = False
     row_axes: Callable[[Factors], Mapping[str, int] | None] = lambda _: None
+    part_axes: Callable[[Factors], Mapping[str, int] | None] = lambda _: None
     products: tuple[tuple[str, str], ...] = ()
     linear: tuple[str, ...] = ()
     needs_base: bool = False

@@ -56,6 +56,12 @@ def _row_axes(factors: Factors) -> Mapping[str, int] | None:
     return by_rows(factors, lokr_w1=0, lokr_w1_a=0)
 
 
+def _part_axes(factors: Factors) -> Mapping[str, int] | None:
+    left = _factor_shape(factors, "lokr_w1")
+    # What was cut along w1, row by row, has w2 in common.
+    return by_rows(factors, lokr_w1=0, lokr_w1_a=0) if left is not None and left[0] == 1 else None
+
+
 def _pair(factors: Factors, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
     """A side that is stored as a product, as matrices (out, rank) and (rank, in[ · kh · kw])."""
     import torch
@@ -123,6 +129,7 @@ KIND = Kind(
     rank=first_axis("lokr_w1_b", "lokr_w2_b"),
     shape=_shape,
     row_axes=_row_axes,
+    part_axes=_part_axes,
     linear=("lokr_w1", "lokr_w1_a"),
     apply=with_residual(_apply),
     dense=_dense,

@@ -25,7 +25,7 @@ _MATRIX = 2
 
 def as_lora(
     adapter: Adapter, *, rank: int | None, base: Base | None, dtype: str | None, device: str = "auto"
-) -> tuple[Adapter, dict[str, Module], list[Conversion]]:
+) -> tuple[Adapter, dict[Target, Module], list[Conversion]]:
     """The adapter with every module turned into LoRA.
 
     Modules of norms or biases alone have no ΔW and stay; a plain LoRA stays unless its rank is more than was asked for.
@@ -45,7 +45,7 @@ def as_lora(
     """
     place = usable(device)
     modules: dict[Target, Module] = {}
-    before: dict[str, Module] = {}
+    before: dict[Target, Module] = {}
     done: list[Conversion] = []
     failed: list[tuple[Module, UnsupportedKindError]] = []
     with Weights(base, adapter.arch) if base is not None else nullcontext() as weights:
@@ -60,7 +60,7 @@ def as_lora(
                 continue
             if found is not None:
                 modules[target] = found.module
-                before[str(target)] = module
+                before[target] = module
                 kind = "dora" if module.magnitude is not None else module.kind
                 done.append(Conversion(str(target), kind, found.module.rank or 0, found.error, found.exact))
     if failed:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 from loratools import archs, kinds
 from loratools.errors import LayoutError, LoraError, OptionError
 from loratools.formats import Format, _names
-from loratools.model import Adapter, Layout, Module
+from loratools.model import Adapter, Layout, Module, Target
 from loratools.ops import _scale
 from loratools.ops._regroup import Step
 from loratools.registry import scan
@@ -26,6 +26,7 @@ _PARTS = {
 }
 # Kinds that --as lora knows.
 _BECOME_LORA = frozenset({"lora", "loha", "lokr", "oft", "glora", "ia3", "full", "magnitude"})
+_TODOS_SHOWN = 2
 _SPARSE = ("bias_indices", "bias_values", "bias_size")
 
 
@@ -36,11 +37,13 @@ class Misfit(NamedTuple):
         tag: What --drop calls it.
         keys: The tensors' keys in the input.
         reason: Why, as a clause.
+        todo: What may help, as a sentence, or empty.
     """
 
     tag: str
     keys: tuple[str, ...]
     reason: str
+    todo: str = ""
 
 
 class Fitted(NamedTuple):
@@ -61,7 +64,16 @@ class Fitted(NamedTuple):
     misfits: tuple[Misfit, ...] = ()
 
 
-def fit(step: Step, adapter: Adapter, layout: Layout, form: Format, *, fold: bool, dtype: str) -> Fitted:
+def fit(
+    step: Step,
+    adapter: Adapter,
+    layout: Layout,
+    form: Format,
+    *,
+    fold: bool,
+    dtype: str,
+    mixed: frozenset[str] = frozenset(),
+) -> Fitted:
     """A step as a layout can hold it, and what it cannot.
 
     Args:
@@ -71,10 +83,11 @@ def fit(step: Step, adapter: Adapter, layout: Layout, form: Format, *, fold: boo
         form: Its description.
         fold: Whether to fold the scale into the factors though the layout has a place for it.
         dtype: The store dtype ("F16", …), or empty for each tensor's own.
+        mixed: Components whose magnitudes cannot be held, since not all their modules have one.
     """
     if step.problem is not None:
         return _nothing(step, step.module.kind, step.problem.problem)
-    module, misfits = _with_known_roles(step, form)
+    module, misfits = _with_known_roles(step, form, mixed)
     if module is None:
         return Fitted(step, misfits=misfits)
     if _is_foreign(module, adapter, form):
@@ -91,7 +104,8 @@ def fit(step: Step, adapter: Adapter, layout: Layout, form: Format, *, fold: boo
         spelt = form.speller(module, adapter, layout) if form.speller is not None else []
     except LoraError as error:
         clause = error.problem.removeprefix(f"the {layout.name} layout cannot hold ")
-        return _nothing(step, _tag(module, adapter, form), f"it has no place for {clause}")
+        reason = f"it has no place for {clause}"
+        return _nothing(step, _tag(module, adapter, form), reason, error.todo)
     return Fitted(step, module, rounded, tuple(spelt), misfits)
 
 
@@ -115,15 +129,21 @@ def _owner(module: Module, adapter: Adapter) -> archs.Component | None:
     return next((each for each in components if each.name == module.target.component), None)
 
 
-def _nothing(step: Step, tag: str, reason: str) -> Fitted:
+def _nothing(step: Step, tag: str, reason: str, todo: str = "") -> Fitted:
     keys = tuple(ref.name for source in step.sources for _, ref in source.tensors() if ref.name)
-    return Fitted(step, misfits=(Misfit(tag, keys or (str(step.module.target),), reason),))
+    return Fitted(step, misfits=(Misfit(tag, keys or (str(step.module.target),), reason, todo),))
 
 
-def _with_known_roles(step: Step, form: Format) -> tuple[Module | None, tuple[Misfit, ...]]:
+def _with_known_roles(
+    step: Step, form: Format, mixed: frozenset[str]
+) -> tuple[Module | None, tuple[Misfit, ...]]:
     """The module without the roles that the layout has no names for; None where nothing of its kind is left."""
     module = _bias_as_spelt(step.module, form)
     lacking = form.lacking(module)
+    if module.magnitude is not None and not lacking and module.target.component in mixed:
+        both = f"both DoRA and plain LoRA in one {module.target.component}, which has one configuration"
+        misfit = _part(step, "magnitude")._replace(reason=f"it has no place for {both}")
+        return module._replace(magnitude=None, magnitude_axis=None), (misfit,)
     if not lacking:
         return module, ()
     whole = [role for role in lacking if role not in _PARTS]
@@ -176,7 +196,17 @@ def _tag(module: Module, adapter: Adapter, form: Format) -> str:
     owner = _owner(module, adapter)
     if owner is not None and owner.table is not None and owner.prefix(form.name) is None:
         return module.target.component
-    return "unnamed"
+    # A known weight's name is not what is in the way of another kind.
+    return "unnamed" if module.kind in ("lora", "full") else module.kind
+
+
+def as_read(fitted: Fitted, origins: Mapping[Target, Module]) -> tuple[Misfit, ...]:
+    """What was left out, by the keys of the file even where a module was turned into another kind first."""
+    before = [origins[source.target] for source in fitted.step.sources if source.target in origins]
+    if not before or not fitted.misfits:
+        return fitted.misfits
+    keys = tuple(key for module in before for key in _keys(module))
+    return tuple(misfit._replace(keys=keys) for misfit in fitted.misfits)
 
 
 def apart(adapter: Adapter, form: Format, drop: Iterable[str]) -> tuple[Adapter, tuple[Misfit, ...]]:
@@ -208,19 +238,15 @@ def settle(misfits: Iterable[Misfit], drop: Iterable[str], layout: Layout, path:
         OptionError: Something is to be dropped that never is.
     """
     allowed = set(drop)
-    unknown = allowed - _known_tags() if allowed else allowed
-    if unknown:
-        raise OptionError(
-            f"nothing called {sorted(unknown)[0]!r} can be dropped",
-            candidates=near(sorted(unknown)[0]),
-            expected=f"Known: {', '.join(sorted(_known_tags()))}",
-        )
+    refuse_unknown(allowed)
     found = list(misfits)
     refused = [misfit for misfit in found if misfit.tag not in allowed]
     if refused:
         reasons = list(dict.fromkeys(misfit.reason for misfit in refused))
         tags = list(dict.fromkeys(misfit.tag for misfit in refused))
-        keys = [key for misfit in refused for key in misfit.keys]
+        # Parts of one fused weight lack the same tensors.
+        keys = list(dict.fromkeys(key for misfit in refused for key in misfit.keys))
+        todos = list(dict.fromkeys(misfit.todo for misfit in refused if misfit.todo))
         shown = "; ".join(reasons[:3]) + (
             f"; and {len(reasons) - 3} other reasons" if len(reasons) > 3 else ""
         )
@@ -228,17 +254,35 @@ def settle(misfits: Iterable[Misfit], drop: Iterable[str], layout: Layout, path:
             f"the {layout.name} layout cannot hold {len(keys)} of the input's tensors: {shown}",
             path=path or None,
             keys=keys,
-            todo=f"Choose another layout, or leave them out with {' '.join(f'--drop {tag}' for tag in tags)}"
-            + (", or turn them into LoRA with --as lora" if _BECOME_LORA & set(tags) else ""),
+            todo=". ".join(
+                [
+                    *todos[:_TODOS_SHOWN],
+                    f"Choose another layout, or leave them out with {' '.join(f'--drop {tag}' for tag in tags)}"
+                    + (", or turn them into LoRA with --as lora" if _BECOME_LORA & set(tags) else ""),
+                ]
+            ),
         )
     return tuple(found)
 
 
-def near(tag: str) -> Sequence[str]:
-    """What may have been meant by a tag."""
+def refuse_unknown(drop: Iterable[str]) -> None:
+    """Refuse to drop what has no such name.
+
+    Raises:
+        OptionError: Near misses are offered.
+    """
+    wanted = sorted(set(drop))
+    unknown = sorted(set(wanted) - _known_tags()) if wanted else []
+    if not unknown:
+        return
     import difflib
 
-    return difflib.get_close_matches(tag, sorted(_known_tags()))
+    known = sorted(_known_tags())
+    raise OptionError(
+        f"nothing called {unknown[0]!r} can be dropped",
+        candidates=difflib.get_close_matches(unknown[0], known),
+        expected=f"Known: {', '.join(known)}",
+    )
 
 
 def _known_tags() -> set[str]:

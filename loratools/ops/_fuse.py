@@ -72,7 +72,20 @@ def _checked(parts: Sequence[Module], target: Target, of: int) -> Mapping[str, i
     if len({part.shape[1:] for part in parts if part.shape}) > 1:
         raise ShapeError(f"{target}: its parts have different inputs", keys=keys)
     axes = [row_axes(part, len(_bits.units(part.target.rows, of))) for part in parts]
-    return axes[0]
+    other = kinds.get(first.kind).part_axes(first.factors)
+    return other if other is not None and _agree(parts, other, of) else axes[0]
+
+
+def _agree(parts: Sequence[Module], axes: Mapping[str, int], of: int) -> bool:
+    """Whether parts differ only in the factors that follow the rows, which fall on whole shares."""
+    first = parts[0]
+    return all(
+        part.factors[role].shape[axes[role]] % len(_bits.units(part.target.rows, of)) == 0
+        if role in axes
+        else _bits.same_bits(ref, part.factors[role])
+        for part in parts
+        for role, ref in first.factors.items()
+    )
 
 
 def _products(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from loratools.errors import LayoutError
-from loratools.model import Adapter, Module
+from loratools.model import Adapter, Module, Target
 from loratools.ops._fit import Fitted, Misfit
 from loratools.ops.results import LedgerEntry
 from loratools.tensors import TensorRef
@@ -18,7 +18,7 @@ def account(
     adapter: Adapter,
     ready: Adapter,
     fitted: Sequence[Fitted],
-    origins: Mapping[str, Module],
+    origins: Mapping[Target, Module],
     dropped: Iterable[Misfit],
     written: Sequence[TensorRef],
 ) -> tuple[LedgerEntry, ...]:
@@ -63,7 +63,7 @@ class Ledger:
             for _, ref in module.tensors():
                 self._add(ref.name, "zero", (), "it changes nothing")
 
-    def fitted(self, found: Fitted, origins: Mapping[str, Module]) -> None:
+    def fitted(self, found: Fitted, origins: Mapping[Target, Module]) -> None:
         """One module of the result.
 
         Args:
@@ -79,7 +79,7 @@ class Ledger:
             into["magnitude"] = written.get(id(module.magnitude.source), ())
         every = tuple([ref.name for ref in found.spelt])
         for source in found.step.sources:
-            origin = origins.get(str(source.target)) if origins else None
+            origin = origins.get(source.target) if origins else None
             for role, ref in (origin or source).tensors():
                 if origin is not None:
                     self._add(ref.name, "converted", every, f"{origin.kind} to {module.kind}")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from loratools import kinds
 from loratools.kinds._base import StandIn, wide
 from loratools.model import Module
-from loratools.ops._bits import same_bits, units
+from loratools.ops._bits import same_bits, taken, units
 from loratools.ops._weights_of import weight_of
 from loratools.tensors import TensorRef
 
@@ -109,7 +109,7 @@ def _error(key: Key, mine: Sequence[Module], theirs: Sequence[Module]) -> float:
 
     of = reduce(lcm, [module.target.rows.of for module in (*mine, *theirs) if module.target.rows], 1)
     if any(module.shape is None or kinds.get(module.kind).apply is None for module in (*mine, *theirs)):
-        return _factors_apart(mine, theirs)
+        return _factors_apart(mine, theirs, of)
     shapes = {(_height(module, of), prod((module.shape or ())[1:])) for module in (*mine, *theirs)}
     if len(shapes) != 1:
         return float("inf")
@@ -214,17 +214,24 @@ def _across(modules: Sequence[Module]) -> torch.Tensor:
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
 
 
-def _factors_apart(mine: Sequence[Module], theirs: Sequence[Module]) -> float:
+def _factors_apart(mine: Sequence[Module], theirs: Sequence[Module], of: int) -> float:
     """The relative difference of the factors themselves, for kinds that are only carried."""
-    one, other = _factors(mine), _factors(theirs)
+    one, other = _factors(mine, of), _factors(theirs, of)
     if one.keys() != other.keys():
         return float("inf")
     return max((_distance(wide(one[name]), wide(other[name])) for name in one), default=0.0)
 
 
-def _factors(modules: Sequence[Module]) -> dict[tuple[str, str, str], TensorRef]:
-    return {
-        (module.kind, str(module.target.rows or ""), role): ref
-        for module in modules
-        for role, ref in module.factors.items()
-    }
+def _factors(modules: Sequence[Module], of: int) -> dict[tuple[str, str, int], TensorRef]:
+    """The factors by kind, role and share of the weight's rows; those that serve all rows alike are of every share."""
+    found: dict[tuple[str, str, int], TensorRef] = {}
+    for module in modules:
+        held = units(module.target.rows, of)
+        axes = kinds.get(module.kind).row_axes(module.factors) or {}
+        for role, ref in module.factors.items():
+            axis = axes.get(role)
+            parted = axis is not None and ref.shape[axis] % len(held) == 0
+            for place, unit in enumerate(held):
+                own = taken(ref, axis, [place], len(held)) if parted and axis is not None else ref
+                found[module.kind, role, unit] = own
+    return found

@@ -18,17 +18,16 @@ if TYPE_CHECKING:
     from loratools.ops.convert import Converted
 
 
-def provable(origins: Mapping[str, Module], conversions: Sequence[Conversion]) -> dict[str, Module]:
+def provable(origins: Mapping[Target, Module], conversions: Sequence[Conversion]) -> dict[Target, Module]:
     """Modules that became LoRA exactly, whose former ΔW can be compared with the result's: it needs no base."""
-    exact = {each.target for each in conversions if each.exact}
     return {
         target: module
-        for target, module in origins.items()
-        if target in exact and module.magnitude is None and not kinds.get(module.kind).needs_base
+        for (target, module), each in zip(origins.items(), conversions, strict=True)
+        if each.exact and module.magnitude is None and not kinds.get(module.kind).needs_base
     }
 
 
-def expected(fitted: Sequence[_fit.Fitted], provable: Mapping[str, Module]) -> list[Module]:
+def expected(fitted: Sequence[_fit.Fitted], provable: Mapping[Target, Module]) -> list[Module]:
     """What the result is compared with: the input's own modules, or their pieces where something was left out."""
     by_weight: dict[tuple[str, str], list[_fit.Fitted]] = {}
     for each in fitted:
@@ -40,14 +39,14 @@ def expected(fitted: Sequence[_fit.Fitted], provable: Mapping[str, Module]) -> l
         for each in group:
             if whole:
                 for source in each.step.sources:
-                    found[source.target] = provable.get(str(source.target), source)
+                    found[source.target] = provable.get(source.target, source)
             elif each.module is not None:
                 found[each.module.target] = each.module
     return list(found.values())
 
 
 def rounded(
-    fitted: Sequence[_fit.Fitted], store: str, arch: str, provable: Mapping[str, Module]
+    fitted: Sequence[_fit.Fitted], store: str, arch: str, provable: Mapping[Target, Module]
 ) -> dict[tuple[str, str], str]:
     """The weights whose values may have been rounded, and to which store dtype."""
     found: dict[tuple[str, str], str] = {}
@@ -57,7 +56,7 @@ def rounded(
         written = least_precise(each.module)
         if store and _cuts(each.module, store):
             found[weight_of(each.module, arch)] = store
-        elif each.rounded or any(str(source.target) in provable for source in each.step.sources):
+        elif each.rounded or any(source.target in provable for source in each.step.sources):
             found[weight_of(each.module, arch)] = store or written
     return found
 

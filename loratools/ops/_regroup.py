@@ -82,7 +82,7 @@ def grain(arch: str, component: str, path: str, form: Format) -> tuple[Rows | No
     table = archs.get(arch)
     owner = next((row for row in table.components if row.name == component), None)
     if owner is None or owner.table is None:
-        return ()
+        return form.split(path)
     return table.pieces(component, path, owner.dialect(form.name, form.dialect))
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from loratools import kinds
 from loratools.errors import UnsupportedKindError
 from loratools.model import Module
 from loratools.ops import files
-from loratools.tensors import DTYPES, LazySource, TensorRef
+from loratools.tensors import DTYPES, TensorRef
 
 # Dtypes with float32's range of exponents or more.
 _WIDE = ("F64", "F32", "BF16")
@@ -65,13 +64,7 @@ def alike(parts: Sequence[Module]) -> tuple[list[Module], bool]:
 
 def times(ref: TensorRef, factor: float, dtype: str = "") -> TensorRef:
     """A tensor multiplied in float64, and rounded once to a store dtype (default: its own)."""
-
-    def load() -> Any:
-        import torch
-
-        return ref.load().to(torch.float64) * factor
-
-    return files.cast(TensorRef("", ref.shape, "F64", LazySource(load)), dtype or ref.dtype)
+    return files.cast(ref, dtype or ref.dtype, factor).renamed("")
 
 
 def is_power_of_two(number: float) -> bool:
@@ -90,7 +83,7 @@ def _into(module: Module, scale: float, dtype: str = "") -> Module:
             todo="Turn it into LoRA with --as lora, or choose a layout that states alpha",
         )
     right = dict(kind.products).get(left)
-    half = round(math.log2(abs(scale))) // 2 if scale and right else 0
+    half = int(round(math.log2(abs(scale))) / 2) if scale and right else 0
     factors = dict(module.factors)
     factors[left] = times(factors[left], scale / 2.0**half, dtype)
     if half and right:

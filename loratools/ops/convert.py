@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from loratools import formats
+from loratools import archs, formats
 from loratools.errors import LayoutError, OptionError
-from loratools.formats import Document, Format
+from loratools.formats import Document, Format, _names
 from loratools.formats._scaling import refuse_nonfinite
 from loratools.io.base import Base, keys_of
 from loratools.model import Adapter, Layout, Module, Target
@@ -94,9 +94,15 @@ def convert(
     ready, components = _fit.apart(ready, form, drop)
     regrouped = _regroup.regroup(ready, form)
     store = files.STORE_DTYPES.get(dtype, "")
-    fitted = [_fit.fit(step, ready, goal, form, fold=fold, dtype=store) for step in regrouped.steps]
+    mixed = _names.mixed(ready.modules.values()) if form.uniform else frozenset()
+    fitted = [
+        _fit.fit(step, ready, goal, form, fold=fold, dtype=store, mixed=mixed) for step in regrouped.steps
+    ]
     extras, strangers = _extras(adapter, goal, form)
-    misfits = [misfit for each in fitted for misfit in each.misfits]
+    misfits = [misfit for each in fitted for misfit in _fit.as_read(each, origins)]
+    asked = drop or fold or store or as_kind or base
+    if misfits and not asked and adapter.order and adapter.layout.name == goal.name:
+        return _as_it_is(adapter, form)
     dropped = _fit.settle([*components, *misfits, *strangers], drop, goal, adapter.path)
     modules = _modules(fitted, store)
     if not modules:
@@ -113,15 +119,29 @@ def convert(
         tuple(_prove.expected(fitted, provable)),
         _prove.rounded(fitted, store, ready.arch, provable),
         tuple(conversions),
-        tuple(dict.fromkeys((*ready.notes, *regrouped.notes, *_lost(document, goal)))),
+        tuple(dict.fromkeys((*ready.notes, *regrouped.notes, *_remarks(kept, document, goal, form)))),
     )
 
 
-def _lost(document: Document, goal: Layout) -> Iterable[str]:
-    """What the container has no place for, in a sentence."""
+def _remarks(kept: Adapter, document: Document, goal: Layout, form: Format) -> Iterable[str]:
+    """What somebody who uses the output should know of it, in sentences."""
+    for name, modules in kept.components().items():
+        if form.unread(kept.arch, name):
+            yield (
+                f"{form.title} reads no LoRA for the {name} of {archs.get(kept.arch).title}: "
+                f"its {len(modules)} modules will have no effect there"
+            )
     told = [key for key in document.metadata if key != "format"]
     if goal.container == "pickle" and told:
         yield f"a bare list has no header: {len(told)} entries of metadata are not written (first: {told[0]})"
+
+
+def _as_it_is(adapter: Adapter, form: Format) -> Converted:
+    """The adapter in its own layout, of which something can be read and kept, but not spelt anew."""
+    ledger = tuple(LedgerEntry(key, "moved", (key,)) for key in adapter.order)
+    document = formats.document(adapter, adapter.layout, form)
+    modules = tuple(adapter.modules.values())
+    return Converted(adapter, document, ledger, modules, {}, (), adapter.notes)
 
 
 def writable(layout: str) -> Format:
@@ -154,7 +174,7 @@ def _against(adapter: Adapter, base: Base | None) -> Adapter:
 
 def _as_kind(
     adapter: Adapter, kind: str | None, rank: int | None, base: Base | None, dtype: str, device: str
-) -> tuple[Adapter, dict[str, Module], list[Conversion]]:
+) -> tuple[Adapter, dict[Target, Module], list[Conversion]]:
     """The adapter with its modules turned into LoRA where that was asked for, and what they were before."""
     if kind is None:
         if rank is not None:
@@ -248,9 +268,12 @@ def convert_file(
     return _report(adapter, converted, os.fspath(output), to, size, found[0] if found else None)
 
 
-def _forced(adapter: Adapter) -> str | None:
-    """The architecture to read an output with: a part of a file may not be enough to detect it again."""
-    return adapter.arch if adapter.arch != "unknown" else None
+def _forced(adapter: Adapter) -> str:
+    """The architecture to read an output with: a part of a file may not be enough to detect it again.
+
+    Names that were unknown are compared as such, though with their dots back they may be some model's.
+    """
+    return adapter.arch
 
 
 def _read_again(adapter: Adapter, converted: Converted) -> Adapter:

@@ -31,7 +31,7 @@ ATTENTION = UNET | {"attn-procs", "cloneofsimo", "loralib"}
 PATHS = {"loralib", "peft"}
 # By the inventory's label: the layouts that must hold it. Others may, or refuse it properly.
 HOLDS: dict[str, set[str]] = {
-    "cloneofsimo-pt-list": (UNET - {"peft"}) | {"attn-procs", "cloneofsimo"},
+    "cloneofsimo-pt-list": UNET | {"attn-procs", "cloneofsimo"},
     "cloneofsimo-safetensors": {"cloneofsimo", "comfy", "kohya", "lycoris", "onetrainer"},
     "custom-w_a_b": {"sam", *PATHS},
     "diffusers-attnprocs": ATTENTION,
@@ -103,6 +103,13 @@ def back(written: Path, adapter: Adapter, layout: str, folder: Path) -> None:
         convert.verify(adapter, convert.convert(adapter, form.name), found)
 
 
+def comes_back(row: dict[str, str], layout: str) -> bool:
+    if row["layout"].startswith("mlx"):
+        return False  # only read
+    # Parts that were never trained are zero: fused, there is nothing to tell them apart by, nor to lose.
+    return not (layout == "peft" and row["layout"] == "custom-w_a_b" and "zero-up 24/24" in row["oddities"])
+
+
 @needs_corpus
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row["path"])
 def test_every_adapter_there_and_back(row: dict[str, str], tmp_path: Path) -> None:
@@ -123,7 +130,7 @@ def test_every_adapter_there_and_back(row: dict[str, str], tmp_path: Path) -> No
         assert report.weights
         assert [entry.key for entry in report.ledger] == list(adapter.order)
         assert not report.dropped
-        if formats.get(adapter.layout.name).speller is not None:
+        if comes_back(row, layout):
             back(written, adapter, layout, folder)
     assert held >= HOLDS[row["layout"]]
     assert make.digest(source) == before

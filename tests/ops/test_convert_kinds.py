@@ -380,3 +380,22 @@ def test_a_conversion_that_truncates_is_proved_against_what_it_made(tmp_path: Pa
     assert report.error is not None
     assert report.error <= 1e-6
     assert report.conversions[0].error > 0.05
+
+
+def test_a_dora_of_gpt_2_becomes_lora_with_a_base_that_stores_it_the_other_way_round(tmp_path: Path) -> None:
+    made = make.peft(tmp_path / "in", make.GPT2, dora=True, config={"fan_in_fan_out": True})
+    rng = np.random.default_rng(5)
+    held = {path: rng.standard_normal(shape).astype(np.float32) for path, shape in make.GPT2}
+    tensors = {f"{path}.weight": torch.from_numpy(array.T.copy()) for path, array in held.items()}
+    make.write_safetensors(tmp_path / "base.safetensors", tensors, None)
+    report = convert_file(
+        made.path, tmp_path / "out", to="peft", as_kind="lora", base=tmp_path / "base.safetensors"
+    )
+    assert {each.kind for each in report.conversions} == {"dora"}
+    for target, module in lt.load(tmp_path / "out").modules.items():
+        base = held[target.path].astype(np.float64)
+        changed = base + made.deltas[make.key_of(target.component, target.path)]
+        magnitude = make.f64(made.tensors[f"base_model.model.{target.path}.lora_magnitude_vector"])
+        wanted = magnitude[:, None] * changed / np.linalg.norm(changed, axis=1, keepdims=True) - base
+        error = np.linalg.norm(module.delta().double().numpy() - wanted)
+        assert error < 2e-6 * np.linalg.norm(wanted)

@@ -135,14 +135,7 @@ def peaks(tmp_path_factory) -> dict[str, int]:
 @pytest.mark.parametrize("check", ["unverified", "verified"])
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(
-            name, marks=pytest.mark.xfail(reason="a factor that is multiplied is widened as a whole")
-        )
-        if name == "folds"
-        else name
-        for name in CASES
-    ],
+    CASES,
 )
 def test_no_more_than_two_modules_are_held(name, check, peaks):
     largest = CASES[name][2]

@@ -6,7 +6,16 @@ import io
 
 from rich.console import Console
 
-from loratools.ops.results import ComponentInfo, Info, MergedModule, MergeReport, ModuleInfo
+from loratools.ops.results import (
+    ComponentInfo,
+    Conversion,
+    ConvertReport,
+    Info,
+    LedgerEntry,
+    MergedModule,
+    MergeReport,
+    ModuleInfo,
+)
 from loratools.report.values import Symbols, symbols_for
 
 TARGET = "input_blocks.{}.1.transformer_blocks.0.attn2.to_out.0"
@@ -120,3 +129,40 @@ def merge_report(**changes) -> MergeReport:
         "bytes": 1_234_567,
     }
     return MergeReport(**(given | changes))
+
+
+def convert_report(**changes) -> ConvertReport:
+    given = {
+        "input": "loras/a rather long name of an adapter that somebody trained at night-v2.safetensors",
+        "output": "out.safetensors",
+        "bytes": 1_234_567,
+        "arch": "flux",
+        "source": "diffusers (peft-keys)",
+        "layout": "kohya",
+        "modules": (304, 152),
+        "kinds": {"lora": 150, "full": 2},
+        "ranks": {0: 2, 16: 100, 48: 50},
+        "dtypes": {"F16": 304, "F32": 152},
+        "ledger": (
+            LedgerEntry("a.lora_A.weight", "fused", ("a.lora_down.weight",)),
+            LedgerEntry("a.lora_B.weight", "fused", ("a.lora_up.weight",)),
+            LedgerEntry("b.lora_A.weight", "moved", ("b.lora_down.weight",)),
+            LedgerEntry("c.diff", "moved", ("c.diff",)),
+            LedgerEntry("b.alpha", "folded"),
+            *(LedgerEntry(f"[bold]token {number}", "dropped", (), "extras") for number in range(7)),
+            LedgerEntry("c.diff_b", "dropped", (), "bias"),
+        ),
+        "conversions": (
+            *(Conversion(TARGET.format(number), "lokr", 16, 0.01 * number, False) for number in range(1, 13)),
+            Conversion("small", "loha", 16, 0.0, True),
+        ),
+        "weights": 152,
+        "error": 4.4966e-08,
+        "worst": "single_blocks.0.linear1",
+        "notes": (
+            "alpha is stale",
+            *(f"single_blocks.{number}.linear1: 4 of 7 shares have no module" for number in range(38)),
+            "double_blocks.0.img_attn.qkv: 1 of 3 shares have no module",
+        ),
+    }
+    return ConvertReport(**(given | changes))
