@@ -192,6 +192,7 @@ class Format(NamedTuple):
         reads_as: The layouts that files written so are recognised as, where that is not its own name.
         split: The pieces in which it names a weight of an architecture without a table; empty: in those that it has.
         parts: Whether it names parts of fused weights where no table does.
+        separator: What stands between the words of a path: ".", or "_", which cannot be told from their own.
         uniform: Whether all modules of a component are DoRA, or none.
         unread: Whether readers pass over a component of an architecture, both by name, though it has a name here.
         single: Whether its names do not tell components apart, so that a file is of one.
@@ -217,6 +218,7 @@ class Format(NamedTuple):
     parts: bool = False
     split: Callable[[str], tuple[Rows | None, ...]] = lambda _: ()
     single: bool = False
+    separator: str = "."
     uniform: bool = False
     unread: Callable[[str, str], bool] = lambda _arch, _component: False
     pickled: str = ""

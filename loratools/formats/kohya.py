@@ -67,6 +67,7 @@ FORMAT = Format(
     finisher=_kohya_metadata.finish,
     roles=_spell.ROLES | _suffixes.OFT_R.keys(),
     dialect=_NAMING.dialect,
+    separator=_NAMING.separator,
     alpha="tensor",
     adopt=_carried.token,
 )

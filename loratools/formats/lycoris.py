@@ -31,6 +31,7 @@ FORMAT = Format(
     finisher=_kohya_metadata.finish,
     roles=_spell.ROLES,
     dialect=_NAMING.dialect,
+    separator=_NAMING.separator,
     alpha="tensor",
     adopt=_carried.token,
     reads_as=("kohya",),

@@ -39,6 +39,7 @@ FORMAT = Format(
     finisher=_kohya_metadata.finish,
     roles=_spell.ROLES | _suffixes.OFT_R.keys(),
     dialect=_NAMING.dialect,
+    separator=_NAMING.separator,
     alpha="tensor",
     adopt=_carried.token,
     # What it writes for a UNet has Kohya's prefixes alone.

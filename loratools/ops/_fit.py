@@ -27,6 +27,7 @@ _PARTS = {
 # Kinds that --as lora knows.
 _BECOME_LORA = frozenset({"lora", "loha", "lokr", "oft", "glora", "ia3", "full", "magnitude"})
 _TODOS_SHOWN = 2
+_MATCH = "Give the model that it was made for with --base, or its architecture with --arch"
 _SPARSE = ("bias_indices", "bias_values", "bias_size")
 
 
@@ -73,6 +74,7 @@ def fit(
     fold: bool,
     dtype: str,
     mixed: frozenset[str] = frozenset(),
+    matched: bool = False,
 ) -> Fitted:
     """A step as a layout can hold it, and what it cannot.
 
@@ -84,6 +86,7 @@ def fit(
         fold: Whether to fold the scale into the factors though the layout has a place for it.
         dtype: The store dtype ("F16", …), or empty for each tensor's own.
         mixed: Components whose magnitudes cannot be held, since not all their modules have one.
+        matched: Whether names that no architecture explains are a base model's own.
     """
     if step.problem is not None:
         return _nothing(step, step.module.kind, step.problem.problem)
@@ -93,6 +96,9 @@ def fit(
     if _is_foreign(module, adapter, form):
         reason = f"{module.target.path} is no weight of {archs.get(adapter.arch).title} that it could have a name for"
         return _nothing(step, "unnamed", reason)
+    if not matched and _has_lost_dots(module, adapter, form):
+        reason = "it has no place for names whose dots a flattened layout has replaced"
+        return _nothing(step, "unnamed", reason, _MATCH)
     rounded = step.rounded
     if module.scale != 1.0 and (fold or not form.states_scale(module)):
         try:
@@ -122,6 +128,17 @@ def _is_foreign(module: Module, adapter: Adapter, form: Format) -> bool:
     return source is None or owner.dialect(source.name, source.dialect) != owner.dialect(
         form.name, form.dialect
     )
+
+
+def _has_lost_dots(module: Module, adapter: Adapter, form: Format) -> bool:
+    """Whether a name that no table explains came flattened, and the layout would have it with its dots."""
+    owner = _owner(module, adapter)
+    path = module.target.path
+    if owner is not None and owner.table is not None and owner.table.native(path) is not None:
+        return False
+    source = scan("loratools.formats", "FORMAT").get(adapter.layout.name)
+    flat = source is not None and (source.separator, form.separator) == ("_", ".")
+    return flat and "_" in path and "." not in path
 
 
 def _owner(module: Module, adapter: Adapter) -> archs.Component | None:

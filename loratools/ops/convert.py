@@ -17,7 +17,7 @@ from loratools.io.base import Base, keys_of
 from loratools.model import Adapter, Layout, Module, Target
 from loratools.ops import _fit, _ledger, _prove, _regroup, files
 from loratools.ops._prove import verify
-from loratools.ops.results import Conversion, ConvertReport, LedgerEntry
+from loratools.ops.results import Conversion, ConvertReport, LedgerEntry, WrittenTensor
 from loratools.tensors import TensorRef
 
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ def convert(
     store = files.STORE_DTYPES.get(dtype, "")
     mixed = _names.mixed(ready.modules.values()) if form.uniform else frozenset()
     fitted = [
-        _fit.fit(step, ready, goal, form, fold=fold, dtype=store, mixed=mixed) for step in regrouped.steps
+        _fit.fit(step, ready, goal, form, fold=fold, dtype=store, mixed=mixed, matched=known is not None)
+        for step in regrouped.steps
     ]
     extras, strangers = _extras(adapter, goal, form)
     misfits = [misfit for each in fitted for misfit in _fit.as_read(each, origins)]
@@ -310,6 +311,9 @@ def _report(
         ranks=dict(sorted(Counter(module.rank or 0 for module in modules.values()).items())),
         dtypes=dict(Counter(ref.dtype for ref in converted.document.tensors)),
         ledger=converted.ledger,
+        tensors=tuple(
+            [WrittenTensor(ref.name, ref.dtype, ref.shape, ref.nbytes) for ref in converted.document.tensors]
+        ),
         conversions=converted.conversions,
         weights=probed.weights if probed else None,
         error=probed.error if probed else None,

@@ -186,6 +186,22 @@ class LedgerEntry(NamedTuple):
     detail: str = ""
 
 
+class WrittenTensor(NamedTuple):
+    """One tensor of an output.
+
+    Attributes:
+        key: Its key.
+        dtype: The safetensors name of its store dtype.
+        shape: As stored.
+        bytes: Its size.
+    """
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
 class Conversion(NamedTuple):
     """A module that was turned into another kind.
 
@@ -219,6 +235,7 @@ class ConvertReport(NamedTuple):
         ranks: How many modules of the output have each rank.
         dtypes: How many tensors of the output have each store dtype.
         ledger: Every tensor of the input.
+        tensors: Every tensor of the output.
         conversions: Modules that were turned into another kind.
         weights: How many base weights were compared by probes; None where it was not asked for.
         error: The largest relative error that the probes found.
@@ -237,6 +254,7 @@ class ConvertReport(NamedTuple):
     ranks: Mapping[int, int]
     dtypes: Mapping[str, int]
     ledger: tuple[LedgerEntry, ...]
+    tensors: tuple[WrittenTensor, ...] = ()
     conversions: tuple[Conversion, ...] = ()
     weights: int | None = None
     error: float | None = None

@@ -112,6 +112,7 @@ def convert_json(report: ConvertReport, *, dry_run: bool = False) -> dict[str, A
             "dtypes": report.dtypes,
             "fates": report.fates,
             "ledger": [entry._asdict() for entry in report.ledger],
+            "tensors": [tensor._asdict() for tensor in report.tensors],
             "conversions": [each._asdict() for each in report.conversions],
             "verified": None
             if report.weights is None

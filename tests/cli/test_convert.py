@@ -76,7 +76,7 @@ def test_json_is_one_document_and_nothing_else(flux, out):
     found = json.loads(result.stdout)
     assert found.keys() == {
         "input", "output", "bytes", "dry_run", "arch", "from", "layout", "modules", "kinds", "ranks", "dtypes",
-        "fates", "ledger", "conversions", "verified", "dropped", "notes",
+        "fates", "ledger", "tensors", "conversions", "verified", "dropped", "notes",
     }  # fmt: skip
     assert (found["input"], found["output"]) == (str(flux.path), str(out))
     assert (found["from"], found["layout"], found["arch"]) == ("kohya", "diffusers", "flux")
@@ -91,6 +91,7 @@ def test_json_is_one_document_and_nothing_else(flux, out):
     assert [entry["key"] for entry in found["ledger"]] == list(tensors)
     written, _ = factories.read_safetensors(out)
     assert {key for entry in found["ledger"] for key in entry["into"]} == written.keys()
+    assert {entry["key"] for entry in found["tensors"]} == written.keys()
     assert all(entry.keys() == {"key", "fate", "into", "detail"} for entry in found["ledger"])
 
 
