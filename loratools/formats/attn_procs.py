@@ -14,7 +14,7 @@ from loratools.model import Adapter, Layout, Module
 from loratools.tensors import TensorRef
 
 _UNET = r"(.+\.attn[12])\.to_(q|k|v|out)(?:\.0)?"
-_CLIP = r"(.+\.self_attn)\.(q|k|v|out)_proj"
+_CLIP = r"(text_model\.encoder\.layers\.\d+\.self_attn)\.(q|k|v|out)_proj"
 
 
 def _claims(facts: Facts) -> float:  # noqa: ARG001 - what is written so is read as diffusers' layout

@@ -16,8 +16,9 @@ import loratools as lt
 from loratools import formats, io
 from loratools.errors import LayoutError, NotAnAdapterError, ShapeError
 from loratools.formats._parse import split
-from loratools.model import Layout, Rows, Target
+from loratools.model import Adapter, Layout, Module, Rows, Target
 from loratools.ops import files
+from loratools.tensors import from_torch
 
 
 def pair(shape: tuple[int, int], seed: int, rank: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -473,3 +474,16 @@ def test_the_lora_of_an_ip_adapter_goes_into_another_layout(tmp_path: Path) -> N
     make.assert_close(make.deltas_of(again), make.deltas_of(adapter))
     header = json.loads(make.read_safetensors(tmp_path / "b.safetensors")[1]["lora_adapter_metadata"])
     assert header["unet.r"] == 2
+
+
+def test_attention_processors_know_no_text_encoder_but_clip() -> None:
+    """Qwen, Gemma and their like have self_attn.q_proj too."""
+    target = Target("text_encoder", "model.layers.0.self_attn.q_proj")
+    factors = {"up": from_torch("up", torch.ones(4, 2)), "down": from_torch("down", torch.ones(2, 4))}
+    adapter = Adapter(
+        {target: Module(target, "lora", factors, 1.0, 2.0, 2, (4, 4))},
+        arch="qwen_image",
+        layout=Layout("kohya"),
+    )
+    with pytest.raises(LayoutError):
+        formats.document(adapter, Layout("attn-procs"), formats.get("attn-procs"))
