@@ -67,6 +67,8 @@ def _facts(report: ConvertReport, symbols: Symbols, dry_run: bool) -> Iterator[t
         yield "to LoRA", _summary(report.conversions)
     yield from (("dropped", each) for each in _dropped(report))
     yield "verified", _verified(report)
+    if report.error:
+        yield "differs most", clean(report.worst)
     target = f"{clean(report.output)} ({values.size(report.bytes)})"
     if dry_run:
         yield "would write", target
@@ -102,7 +104,7 @@ def _verified(report: ConvertReport) -> str:
     what = f"{values.plural(report.weights, 'weight')} on random inputs"
     if not report.error:
         return f"{what}, no difference"
-    return f"{what}, largest difference {report.error:.1e} ({clean(report.worst)})"
+    return f"{what}, largest difference {report.error:.1e}"
 
 
 def _summary(conversions: Sequence[Conversion]) -> str:
