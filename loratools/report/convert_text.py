@@ -27,6 +27,7 @@ _FATES = {
     "converted": "turned into LoRA",
     "folded": "folded into factors",
     "metadata": "kept in the metadata",
+    "zero": "zero and left out",
     "dropped": "dropped",
 }
 
