@@ -214,7 +214,9 @@ class TensorRef(NamedTuple):
         """
         if self.numel != 1:
             raise MalformedFileError(
-                f"{self.name}: shape {list(self.shape)}", expected="A single number was expected"
+                f"{self.name} has shape {list(self.shape)}",
+                expected="A single number was expected",
+                todo="The file is damaged; get it again from where it was made",
             )
         data = self.raw()
         if self.dtype == "BF16":

@@ -46,6 +46,7 @@ class Facts:
         config: adapter_config.json, or empty.
         container: "safetensors", "pickle" or "npz".
         sequence: Whether a pickle held a bare list of tensors.
+        path: The file, for messages.
         arch: The detected architecture's name, or "unknown".
     """
 
@@ -58,6 +59,7 @@ class Facts:
         config: Mapping[str, Any] = EMPTY,
         container: str = "safetensors",
         sequence: bool = False,
+        path: str = "",
     ) -> None:
         self.groups = groups
         self.keys = keys
@@ -65,6 +67,7 @@ class Facts:
         self.config = config
         self.container = container
         self.sequence = sequence
+        self.path = path
         self.arch = "unknown"
 
     @cached_property

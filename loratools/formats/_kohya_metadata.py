@@ -101,7 +101,7 @@ def _dimensions(modules: Iterable[Module]) -> tuple[str, str]:
 
 
 def _number(value: float) -> str:
-    return str(int(value)) if value == int(value) else repr(value)
+    return str(int(value)) if value.is_integer() else repr(value)
 
 
 def _network(modules: Sequence[Module], metadata: dict[str, str]) -> None:

@@ -23,7 +23,7 @@ class Naming(NamedTuple):
         seen: Prefixes and their components, which such a module keeps where its own keys have one.
         stand_in: Another layout, whose prefix is written where a component states none for this one.
         default: The prefix of components that nobody has described and that are not among the usual ones.
-        todo: What to do about a component that it has no prefix for.
+        todo: What to do about a component that it has no prefix for, beside writing it in another layout.
     """
 
     layout: str
@@ -33,7 +33,7 @@ class Naming(NamedTuple):
     seen: tuple[tuple[str, str], ...] = ()
     stand_in: str = ""
     default: str = ""
-    todo: str = "Write it in another layout"
+    todo: str = ""
 
     def stem(self, module: Module, adapter: Adapter, layout: Layout) -> str:
         """A module's name without a suffix.
@@ -51,8 +51,12 @@ class Naming(NamedTuple):
         """
         target = module.target
         found = self.stated(adapter.arch, target.component)
-        if found is None and component(adapter.arch, target.component) is None:
-            found = self._kept(module) or self.usual.get(target.component) or self.default or None
+        row = component(adapter.arch, target.component)
+        if found is None and (row is None or row.table is None):
+            found = self._kept(module)
+            if found is None:
+                # An empty prefix is one, too: paths of nobody's model stand for themselves.
+                found = self.usual.get(target.component, self.default or None)
         if found is None:
             raise cannot_hold(layout, _owner(adapter.arch, target.component), [str(target)], self.todo)
         return found
@@ -64,7 +68,7 @@ class Naming(NamedTuple):
         return next((found for layout in layouts if row is not None and (found := row.prefix(layout))), None)
 
     def _kept(self, module: Module) -> str | None:
-        key = next((ref.name for ref in module.factors.values()), "")
+        key = next((ref.name for ref in module.factors.values() if ref.name), "")
         owner = module.target.component
         return next((prefix for prefix, each in self.seen if each == owner and key.startswith(prefix)), None)
 
@@ -161,7 +165,7 @@ def refuse_mixture(adapter: Adapter, layout: Layout) -> None:
     ]
     if keys:
         what = f"both DoRA and plain LoRA in one {min(both)}, which has one configuration"
-        raise cannot_hold(layout, what, keys, "Write it as kohya instead")
+        raise cannot_hold(layout, what, keys, "Leave the magnitudes out with --drop magnitude, or choose another --to")
 
 
 def peft_magnitude(magnitude: TensorRef, module: Module, layout: Layout) -> TensorRef:
@@ -171,6 +175,6 @@ def peft_magnitude(magnitude: TensorRef, module: Module, layout: Layout) -> Tens
         LayoutError: It runs along the inputs, for which PEFT has no place.
     """
     if module.magnitude_axis == "in":
-        raise cannot_hold(layout, "a DoRA magnitude per input", [str(module.target)], "Keep Kohya's layout")
+        raise cannot_hold(layout, "a DoRA magnitude per input", [str(module.target)])
     axes = len(module.shape or ())
     return magnitude.reshaped((1, magnitude.numel, *(1,) * (axes - 2)) if axes > 2 else (magnitude.numel,))

@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from loratools.errors import MalformedFileError
@@ -48,14 +49,45 @@ def pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any)
         raise MalformedFileError(
             f"adapter_config.json: a pattern is {patterns!r}", expected="An object of patterns was expected"
         )
-    for pattern, value in (patterns or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except re.error:
-            if module == pattern or module.endswith("." + pattern):
-                return value
-    return default
+    if not patterns:
+        return default
+    rules = tuple(patterns)
+    first = rules_of(rules).first(module)
+    return default if first is None else patterns[rules[first]]
+
+
+@lru_cache(maxsize=8)
+def rules_of(patterns: tuple[str, ...]) -> Rules:
+    """Patterns made ready to be matched against every module of a file."""
+    return Rules(patterns)
+
+
+class Rules:
+    """Patterns by PEFT's rule. Most are plain names, one for each module: these are looked up, not tried in turn."""
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self._plain: dict[str, int] = {}
+        self._others: list[tuple[int, re.Pattern[str]]] = []
+        for number, pattern in enumerate(patterns):
+            if re.fullmatch(r"\^?(?:[\w-]|\\[\W_])+", pattern):
+                self._plain.setdefault(re.sub(r"\\(\W)", r"\1", pattern), number)
+                continue
+            try:
+                self._others.append((number, re.compile(rf"(.*\.)?({pattern})$")))
+            except re.error:  # taken for a plain name
+                self._plain.setdefault(pattern, number)
+
+    def first(self, module: str) -> int | None:
+        """The number of the first pattern that matches a module's dotted name."""
+        tails = [module, *(module[match.end() :] for match in re.finditer(r"\.", module))]
+        found = [self._plain[tail] for tail in ("^" + module, *tails) if tail in self._plain]
+        least = min(found, default=None)
+        for number, pattern in self._others:
+            if least is not None and number > least:
+                break
+            if pattern.match(module):
+                return number
+        return least
 
 
 def scale(config: Mapping[str, Any], module: str, rank: int) -> Scale:
@@ -170,4 +202,4 @@ def _alpha(module: Module) -> float:
 
 
 def _whole(value: float) -> float | int:
-    return int(value) if value == int(value) else value
+    return int(value) if value.is_integer() else value

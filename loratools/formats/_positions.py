@@ -12,7 +12,8 @@ from loratools.formats._base import Facts, Group
 from loratools.model import Rows
 from loratools.tensors import TensorRef
 
-_PROCESSOR = r"ip_adapter\.(\d+)\.(to_.+)"
+# The saved "ip_adapter" part of such a file is without the prefix.
+_PROCESSOR = r"(ip_adapter\.)?(\d+)\.(to_.+)"
 _NUMBERED = r"(?:(unet|text_encoder):)?(\d+)"
 
 # Sam_LoRA adapts the q and the v rows of each block's qkv, in this order.
@@ -40,6 +41,9 @@ def placed(facts: Facts) -> Placed | None:
         return _cloneofsimo(facts.groups.values())
     if facts.styles.keys() == {"sam"}:
         return _sam(facts)
+    if facts.styles.keys() == {"attn-procs"}:
+        found = ip_adapter(facts.groups)
+        return found if found is not None and len(found.resolved) == len(facts.groups) else None
     return None
 
 
@@ -125,14 +129,16 @@ def ip_adapter(groups: Mapping[str, Group]) -> Placed | None:
     prompts = _prompts(groups, found)
     if len(prompts) != 1:
         return None
-    numbers = max(int(match[1]) for match in found.values()) + 1
+    numbers = max(int(match[2]) for match in found.values()) + 1
     order = _positions.find_processors(prompts.pop(), numbers)
-    if order is None:
+    # Bare numbers mean something only where they are as many as the UNet has processors.
+    bare = any(not match[1] for match in found.values())
+    if order is None or (bare and numbers != len(order.names)):
         return None
     resolved = {
         groups[name].name: meaning
         for name, match in found.items()
-        if (meaning := archs.get(order.arch).resolve(f"{order.names[int(match[1])]}.{match[2]}")) is not None
+        if (meaning := archs.get(order.arch).resolve(f"{order.names[int(match[2])]}.{match[3]}")) is not None
     }
     return Placed(order.arch, resolved)
 
@@ -140,7 +146,7 @@ def ip_adapter(groups: Mapping[str, Group]) -> Placed | None:
 def _prompts(groups: Mapping[str, Group], found: Mapping[str, re.Match[str]]) -> set[int]:
     """The input widths of the cross-attentions' keys and values: those of odd numbers."""
     cross: Sequence[str] = [
-        name for name, match in found.items() if int(match[1]) % 2 and match[2] in ("to_k", "to_v")
+        name for name, match in found.items() if int(match[2]) % 2 and match[3] in ("to_k", "to_v")
     ]
     downs = [groups[name].roles["down"] for name in cross if "down" in groups[name].roles]
     return {ref.shape[-1] for ref in downs if len(ref.shape) == 2}

@@ -64,31 +64,60 @@ def read(
         tensors = _positions.listed(tensors)
     groups, extras = group(tensors, path)
     facts = Facts(
-        groups, tuple(tensors), metadata=metadata, config=config, container=container, sequence=sequence
+        groups,
+        tuple(tensors),
+        metadata=metadata,
+        config=config,
+        container=container,
+        sequence=sequence,
+        path=path,
     )
     kind = _classify.classify(facts, extras)
-    if kind == "ip-adapter" and embedded:
-        from loratools.formats import _positions
+    if kind == "adapter":
+        return _Reader(facts, extras, arch, path).adapter()
+    placed = _inside(facts) if kind == "ip-adapter" else None
+    if placed is not None and embedded:
+        return _embedded(facts, extras, placed, path)
+    return _other(facts, tensors, kind, placed)
 
-        placed = _positions.ip_adapter(groups)
-        if placed is not None:
-            return _embedded(facts, extras, placed, path)
-    if kind != "adapter":
-        notes = _classify.notes(facts, kind)
-        layout = Layout(
-            "peft" if "peft_type" in config else _classify.LAYOUTS.get(kind, "unknown"), "", container
+
+def _other(facts: Facts, tensors: Mapping[str, TensorRef], kind: str, placed: Placed | None) -> Adapter:
+    """A file that is no adapter: all its tensors are extras."""
+    notes = _classify.notes(facts, kind)
+    if placed is not None:
+        notes = (
+            *notes,
+            f"it holds {len(placed.resolved)} LoRA modules for {placed.arch}; "
+            "`loratools convert FILE --to LAYOUT --drop extras` takes them out",
         )
-        return Adapter(
-            {}, dict(tensors), metadata, "unknown", layout, config, path, notes, kind, tuple(tensors)
-        )
-    return _Reader(facts, extras, arch, path).adapter()
+    name = "peft" if "peft_type" in facts.config else _classify.LAYOUTS.get(kind, "unknown")
+    layout = Layout(name, "", facts.container)
+    return Adapter(
+        {},
+        dict(tensors),
+        facts.metadata,
+        "unknown",
+        layout,
+        facts.config,
+        facts.path,
+        notes,
+        kind,
+        facts.keys,
+    )
+
+
+def _inside(facts: Facts) -> Placed | None:
+    """The LoRA that an IP-Adapter holds beside its projections; None where there is none."""
+    from loratools.formats import _positions
+
+    return _positions.ip_adapter(facts.groups)
 
 
 def _embedded(facts: Facts, extras: dict[str, TensorRef], placed: Placed, path: str) -> Adapter:
     """An IP-Adapter with the LoRA in it as modules; all its other tensors are extras."""
     chosen = {stem: found for stem, found in facts.groups.items() if found.name in placed.resolved}
     rest = [ref for stem, found in facts.groups.items() if stem not in chosen for ref in found.roles.values()]
-    inner = Facts(chosen, facts.keys, metadata=facts.metadata, container=facts.container)
+    inner = Facts(chosen, facts.keys, metadata=facts.metadata, container=facts.container, path=path)
     reader = _Reader(inner, extras | {ref.name: ref for ref in rest}, None, path, placed)
     layout = Layout("ip-adapter", "", facts.container)
     # Its layout has no writer, so that its keys' order says nothing.

@@ -13,8 +13,8 @@ from loratools.formats._group import PEFT, widths
 if TYPE_CHECKING:
     from loratools.formats._positions import Placed
 
-# Styles of files that number their modules; few do, and what their numbers mean is looked up only for them.
-_NUMBERED = ("cloneofsimo", "sam")
+# Styles of files that may number their modules; few do, and what their numbers mean is looked up only for them.
+_NUMBERED = ("cloneofsimo", "sam", "attn-procs")
 
 
 def resolve(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
-from loratools.errors import NonFiniteError
+from loratools.errors import MalformedFileError, NonFiniteError
 from loratools.formats._base import Facts, Format, Group, Scale
 from loratools.kinds import Kind
 from loratools.model import Adapter, Module
@@ -25,32 +24,45 @@ def scale_of(
         kind: Its kind.
         facts: The file.
         form: The file's layout.
+
+    Raises:
+        MalformedFileError: An alpha, or what else multiplies the product, is not a single number.
     """
     # LyCORIS' trained factor; it is usually folded into the weights when they are saved.
-    further = roles["scalar"].scalar() if "scalar" in roles else 1.0
+    further = _number(roles["scalar"], facts) if "scalar" in roles else 1.0
     if kind.name == "lokr" and {"lokr_w1", "lokr_w2"} <= roles.keys():
         if "alpha" not in roles and str(facts.config.get("peft_type")).upper() == "LOKR":
             # PEFT scales it whatever its factors; LyCORIS only what it has decomposed.
             return form.scaler(found, component, 0, facts)
-        return Scale(further, roles["alpha"].scalar() if "alpha" in roles else None)
+        return Scale(further, _number(roles["alpha"], facts) if "alpha" in roles else None)
     rank = kind.rank(roles)
     if not rank:
         return Scale(1.0)
     if kind.name == "adalora":
-        return _pruned(roles, facts.config, rank)
+        return _pruned(roles, facts, rank)
     if "alpha" in roles:
-        alpha = roles["alpha"].scalar()
+        alpha = _number(roles["alpha"], facts)
         return Scale(further * alpha / rank, alpha)
     scale = form.scaler(found, component, rank, facts)
     return scale._replace(value=further * scale.value)
 
 
-def _pruned(roles: Mapping[str, TensorRef], config: Mapping[str, Any], rank: int) -> Scale:
+def _number(ref: TensorRef, facts: Facts) -> float:
+    """A tensor's only value; an error names the file."""
+    try:
+        return ref.scalar()
+    except MalformedFileError as error:
+        raise MalformedFileError(
+            error.problem, path=facts.path or None, keys=[ref.name], expected=error.expected, todo=error.todo
+        ) from None
+
+
+def _pruned(roles: Mapping[str, TensorRef], facts: Facts, rank: int) -> Scale:
     """AdaLoRA's scale: alpha over the rank that pruning left, as PEFT's SVDLinear has it."""
-    alpha = config.get("lora_alpha")
+    alpha = facts.config.get("lora_alpha")
     if not isinstance(alpha, int | float):
         return Scale(1.0, None, "the configuration states no lora_alpha; a scale of 1 is assumed")
-    left = roles["ranknum"].scalar() if "ranknum" in roles else rank
+    left = _number(roles["ranknum"], facts) if "ranknum" in roles else rank
     return Scale(alpha / (left + 1e-5), float(alpha))
 
 

@@ -40,7 +40,7 @@ def lycoris(stem: str, module: Module, suffixes: Mapping[str, str], layout: Layo
         LayoutError: A role without a suffix, a kind that only looks like one of LyCORIS', a scale without a place.
     """
     if module.op == "embedding":
-        raise cannot_hold(layout, "an embedding's factors", _keys(module), "Write it as peft")
+        raise cannot_hold(layout, "an embedding's factors", _keys(module))
     refuse_kind(module, _suffixes.LYCORIS_KINDS, layout)
     stated = alpha(stem, module, layout)
     tensors = [] if stated is None else [stated]

@@ -12,6 +12,7 @@ from loratools.tensors import TensorRef
 
 # How many reasons a message gives for what a layout cannot hold.
 _REASONS = 3
+_ELSEWHERE = "Choose another layout with --to"
 
 
 def document(adapter: Adapter, layout: Layout, form: Format) -> Document:
@@ -57,7 +58,7 @@ def _spelt(adapter: Adapter, layout: Layout, speller: Speller) -> list[TensorRef
         "; ".join(problems[:_REASONS]) + more,
         path=adapter.path or None,
         keys=[key for error in refused for key in error.keys],
-        todo="; ".join(dict.fromkeys(error.todo for error in refused if error.todo)),
+        todo="; ".join(dict.fromkeys(error.todo for error in refused if error.todo)) or _ELSEWHERE,
     ) from refused[0]
 
 

@@ -21,7 +21,6 @@ _NAMING = Naming(
     ".",
     {"denoiser": "transformer."},
     stand_in="diffusers",
-    todo="Write it as diffusers or PEFT instead",
 )
 
 

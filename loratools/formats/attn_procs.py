@@ -40,8 +40,7 @@ def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef
     stem = _stem(module, adapter, layout)
     if stem is None:
         what = "weights other than the attention of a UNet and of its text encoders"
-        todo = "Write it as diffusers, whose later names have room for all"
-        raise cannot_hold(layout, what, [str(module.target)], todo)
+        raise cannot_hold(layout, what, [str(module.target)])
     return [down.renamed(f"{stem}.down.weight"), up.renamed(f"{stem}.up.weight")]
 
 

@@ -30,7 +30,6 @@ _NAMING = Naming(
     "native",
     ".",
     {"denoiser": "diffusion_model.", "text_encoder": "text_encoders.clip_l.transformer.", "model": ""},
-    todo="Write it as diffusers or PEFT instead",
 )
 
 

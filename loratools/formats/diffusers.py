@@ -50,7 +50,8 @@ _NAMING = Naming(
     "diffusers",
     ".",
     {**{owner: prefix for prefix, owner in reversed(_PREFIXES)}, "model": ""},
-    todo="Write it as kohya or PEFT instead",
+    # Whether a denoiser is a transformer or a UNet only its own keys tell.
+    seen=_PREFIXES,
 )
 
 
@@ -140,7 +141,7 @@ def _suffixes_of(module: Module, layout: Layout) -> Mapping[str, str]:
 
 def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef]:
     if module.target.component in ("language_model", "speech_model", "vision_model"):
-        raise cannot_hold(layout, f"a {module.target.component}", [str(module.target)], "Write it as peft")
+        raise cannot_hold(layout, f"a {module.target.component}", [str(module.target)])
     stem = _prefix(module, adapter, layout) + _NAMING.body(module, adapter, layout)
     if module.kind == "lokr":
         return _lokr(stem, module, adapter, layout)

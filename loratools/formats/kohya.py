@@ -37,7 +37,6 @@ _NAMING = Naming(
     },
     # Whether a model has one text encoder or several only its own keys tell.
     seen=tuple(row for row in _PREFIXES if row[0].startswith("lora_te")),
-    todo="Write it as diffusers or PEFT instead",
 )
 
 

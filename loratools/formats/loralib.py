@@ -75,7 +75,7 @@ def _refuse_second_component(module: Module, adapter: Adapter, layout: Layout) -
     only = table.components[0].name if table.has_table else _names.main_component(adapter)
     if own != only:
         what = f"a {own}, which only a prefix would tell from a {only}"
-        raise cannot_hold(layout, what, [str(module.target)], "Write it in another layout")
+        raise cannot_hold(layout, what, [str(module.target)])
 
 
 FORMAT = Format(

@@ -15,7 +15,6 @@ _NAMING = Naming(
     "diffusers",
     "_",
     {"denoiser": "lycoris_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"},
-    todo="Write it as kohya or diffusers instead",
 )
 
 

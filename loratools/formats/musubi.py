@@ -15,7 +15,7 @@ _NAMING = Naming(
     "kohya",
     "_",
     {"denoiser": "lora_unet_"},
-    todo="musubi-tuner has no such network; write it as kohya or diffusers instead",
+    todo="musubi-tuner trains the transformers of video and image models alone",
 )
 
 

@@ -22,7 +22,6 @@ _NAMING = Naming(
     "diffusers",
     "_",
     {component: prefix for prefix, component in _PREFIXES},
-    todo="Write it as kohya or diffusers instead",
 )
 
 

@@ -19,7 +19,7 @@ from loratools.tensors import TensorRef
 # AdaLoRA's factors are bare parameters.
 _ADALORA = {"up": "lora_B", "down": "lora_A", "lora_E": "lora_E", "ranknum": "ranknum"}
 _SUFFIXES = {**_ADALORA, **_suffixes.PEFT}
-_NAMING = Naming("peft", "diffusers", ".", default=PEFT, todo="Write it as kohya or diffusers instead")
+_NAMING = Naming("peft", "diffusers", ".", default=PEFT)
 
 
 def _claims(facts: Facts) -> float:
@@ -69,7 +69,7 @@ def _refuse_second_component(module: Module, adapter: Adapter, layout: Layout) -
     own, main = module.target.component, _names.main_component(adapter)
     if own != main and _NAMING.stated(adapter.arch, own) == _NAMING.stated(adapter.arch, main):
         what = f"more than one component: a {own} beside a {main}"
-        raise cannot_hold(layout, what, [str(module.target)], "Write it as kohya or diffusers instead")
+        raise cannot_hold(layout, what, [str(module.target)])
 
 
 def _finisher(adapter: Adapter, tensors: list[TensorRef], layout: Layout) -> Document:

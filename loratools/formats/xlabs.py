@@ -34,7 +34,7 @@ def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef
     stem = _name(module, adapter)
     if stem is None:
         what = "weights other than Flux's attention (qkv and proj of its blocks)"
-        raise cannot_hold(layout, what, [str(module.target)], "Write it as kohya, comfy or diffusers instead")
+        raise cannot_hold(layout, what, [str(module.target)])
     return [down.renamed(f"{stem}.down.weight"), up.renamed(f"{stem}.up.weight")]
 
 

@@ -31,7 +31,7 @@ def delta(module: Module, kind: Kind, base: torch.Tensor | None, *, wide: bool) 
             expected="LoRA, LoHa, LoKr, OFT, GLoRA, (IA)³, AdaLoRA or a full difference was expected",
         )
     check_base(module, kind, base)
-    weight = None if base is None else base.detach().to("cpu", torch.float64)
+    weight = None if base is None else base.detach().to(torch.empty(0).device, torch.float64)
     change = kind.dense(module, weight)
     beside = residual(module)
     if beside is not None:

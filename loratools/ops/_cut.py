@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from loratools import kinds
 from loratools.model import Module, Rows, Target
 from loratools.ops import _bits
-from loratools.ops._rows import CORES, flat, nameless, row_axes
+from loratools.ops._rows import CORES, flat, row_axes, settled
 from loratools.tensors import TensorRef
 
 
@@ -31,7 +31,7 @@ def split(module: Module, target: Target, wanted: Sequence[Rows | None], of: int
     mine = set(held)
     asked = [unit for unit in _bits.units(target.rows, of) if unit in mine]
     if asked == held:
-        return nameless(module)
+        return settled(module)
     axes = row_axes(module, len(held))
     places = [held.index(unit) for unit in asked]
     factors = {role: ref.renamed("") for role, ref in module.factors.items()}
@@ -39,8 +39,10 @@ def split(module: Module, target: Target, wanted: Sequence[Rows | None], of: int
     if len(asked) < len(held):
         columns = _own_columns(module, axes, held, asked, wanted, of)
         if columns is not None:
-            if not columns:
+            if not columns and not _has_more(module):
                 return None
+            # What lies beside the factors is the piece's own: it stays, with one rank of zeros.
+            columns = columns or [0]
             factors = _with_columns(module, axes, columns)
             rank = len(columns)
     for role, axis in axes.items():
@@ -53,7 +55,7 @@ def split(module: Module, target: Target, wanted: Sequence[Rows | None], of: int
         magnitude = _bits.taken(flat(magnitude), 0, places, len(held))
     alpha = module.alpha_tensor if rank == module.rank else None
     stated = module.alpha if rank == module.rank else None
-    return nameless(
+    return settled(
         module._replace(
             target=target if len(asked) == len(_bits.units(target.rows, of)) else _partial(target, asked, of),
             factors=factors,
@@ -64,6 +66,12 @@ def split(module: Module, target: Target, wanted: Sequence[Rows | None], of: int
             alpha=stated,
         )
     )
+
+
+def _has_more(module: Module) -> bool:
+    """Whether something lies beside the factors that are multiplied: a magnitude, a bias, a difference."""
+    paired = {role for pair in kinds.get(module.kind).products for role in pair}
+    return module.magnitude is not None or bool(module.factors.keys() - paired - {"scalar"})
 
 
 def _partial(target: Target, units: Sequence[int], of: int) -> Target:

@@ -89,8 +89,9 @@ def fit(
         matched: Whether names that no architecture explains are a base model's own.
     """
     if step.problem is not None:
-        return _nothing(step, step.module.kind, step.problem.problem)
-    module, misfits = _with_known_roles(step, form, mixed)
+        tag = "unnamed" if step.module.kind == "lora" else step.module.kind
+        return _nothing(step, tag, step.problem.problem, step.problem.todo)
+    module, misfits = _with_known_roles(step, form, mixed, dtype)
     if module is None:
         return Fitted(step, misfits=misfits)
     if _is_foreign(module, adapter, form):
@@ -99,7 +100,7 @@ def fit(
     if not matched and _has_lost_dots(module, adapter, form):
         reason = "it has no place for names whose dots a flattened layout has replaced"
         return _nothing(step, "unnamed", reason, _MATCH)
-    rounded = step.rounded
+    rounded = step.rounded or _is_rescaled(step.module, module)
     if module.scale != 1.0 and (fold or not form.states_scale(module)):
         try:
             module, changed = _scale.folded(module, dtype)
@@ -152,10 +153,10 @@ def _nothing(step: Step, tag: str, reason: str, todo: str = "") -> Fitted:
 
 
 def _with_known_roles(
-    step: Step, form: Format, mixed: frozenset[str]
+    step: Step, form: Format, mixed: frozenset[str], dtype: str
 ) -> tuple[Module | None, tuple[Misfit, ...]]:
     """The module without the roles that the layout has no names for; None where nothing of its kind is left."""
-    module = _bias_as_spelt(step.module, form)
+    module = _bias_as_spelt(step.module, form, dtype)
     lacking = form.lacking(module)
     if module.magnitude is not None and not lacking and module.target.component in mixed:
         both = f"both DoRA and plain LoRA in one {module.target.component}, which has one configuration"
@@ -186,24 +187,30 @@ def _part(step: Step, role: str) -> Misfit:
     return Misfit(_PARTS[role], keys, f"it has no place for {said}")
 
 
-def _bias_as_spelt(module: Module, form: Format) -> Module:
+def _bias_as_spelt(module: Module, form: Format, dtype: str) -> Module:
     """A bias beside the factors in the way that the layout has: multiplied by the scale (PEFT), or not (Kohya)."""
     factors = dict(module.factors)
     if "diff_b" in factors and "diff_b" not in form.roles and "up_bias" in form.roles and module.scale:
         if "up" in factors and "up_bias" not in factors:
-            factors["up_bias"] = _rescaled(factors.pop("diff_b"), 1.0 / module.scale)
+            factors["up_bias"] = _rescaled(factors.pop("diff_b"), 1.0 / module.scale, dtype)
     elif (
         "up_bias" in factors
         and "up_bias" not in form.roles
         and "diff_b" in form.roles
         and "diff_b" not in factors
     ):
-        factors["diff_b"] = _rescaled(factors.pop("up_bias"), module.scale)
+        factors["diff_b"] = _rescaled(factors.pop("up_bias"), module.scale, dtype)
     return module._replace(factors=factors)
 
 
-def _rescaled(ref: TensorRef, factor: float) -> TensorRef:
-    return ref if factor == 1.0 else _scale.times(ref, factor)
+def _rescaled(ref: TensorRef, factor: float, dtype: str) -> TensorRef:
+    return ref if factor == 1.0 else _scale.times(ref, factor, dtype)
+
+
+def _is_rescaled(before: Module, after: Module) -> bool:
+    """Whether a bias was multiplied on its way into another role, so that it may have been rounded."""
+    moved = {"up_bias", "diff_b"} & (after.factors.keys() - before.factors.keys())
+    return bool(moved) and after.scale != 1.0
 
 
 def _tag(module: Module, adapter: Adapter, form: Format) -> str:

@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from loratools import kinds
 from loratools.errors import ShapeError, UnsupportedKindError
 from loratools.model import Module, Target
-from loratools.ops import _bits, _scale
-from loratools.ops._rows import CORES, a_name, flat, nameless, row_axes
+from loratools.ops import _bits, _scale, files
+from loratools.ops._rows import CORES, a_name, flat, row_axes, settled
 from loratools.tensors import TensorRef
+
+# Factors that leave a weight as it is by the identity or by ones, not by zeros.
+_NOT_ZERO = frozenset({"oft_diag", "rescale"})
 
 
 def fuse(parts: Sequence[Module], target: Target, of: int) -> tuple[Module, bool]:
@@ -31,6 +34,8 @@ def fuse(parts: Sequence[Module], target: Target, of: int) -> tuple[Module, bool
     axes = _checked(parts, target, of)
     alike, rounded = _scale.alike(parts)
     asked = _bits.units(target.rows, of)
+    if sum(len(_bits.units(part.target.rows, of)) for part in parts) < len(asked):
+        _refuse_missing(parts, axes, target)
     shares = [[asked.index(unit) for unit in _bits.units(part.target.rows, of)] for part in parts]
     factors = _shared(alike, axes, target)
     products, rank = _products(alike, shares, axes, len(asked))
@@ -52,7 +57,7 @@ def fuse(parts: Sequence[Module], target: Target, of: int) -> tuple[Module, bool
         alpha=first.alpha if rank == first.rank else None,
         alpha_tensor=first.alpha_tensor if rank == first.rank else None,
     )
-    return nameless(module), rounded
+    return settled(module), rounded
 
 
 def _checked(parts: Sequence[Module], target: Target, of: int) -> Mapping[str, int]:
@@ -86,6 +91,21 @@ def _agree(parts: Sequence[Module], axes: Mapping[str, int], of: int) -> bool:
         for part in parts
         for role, ref in first.factors.items()
     )
+
+
+def _refuse_missing(parts: Sequence[Module], axes: Mapping[str, int], target: Target) -> None:
+    """Refuse to fuse some parts of a weight where zeros would not leave the others as they are.
+
+    Raises:
+        UnsupportedKindError: The kind's factors act on all rows, or leave them by other values than zero.
+    """
+    first = parts[0]
+    if first.kind == "glora" or not axes or _NOT_ZERO & first.factors.keys():
+        raise UnsupportedKindError(
+            f"{target}: a part of this weight has no module, and {kinds.get(first.kind).title} would change it",
+            keys=[a_name(part) for part in parts],
+            todo="Turn it into LoRA with --as lora --base",
+        )
 
 
 def _products(
@@ -144,8 +164,7 @@ def _shared(parts: Sequence[Module], axes: Mapping[str, int], target: Target) ->
             )
         shared[role] = ref
     products = kinds.get(first.kind).products
-    apart = any(not _share(first, part, products) for part in parts[1:])
-    if CORES & first.factors.keys() and apart:
+    if CORES & first.factors.keys() and any(not _share(first, part, products) for part in parts[1:]):
         raise UnsupportedKindError(
             f"{target}: parts in Tucker form cannot be fused unless they share their right factors",
             keys=keys,
@@ -171,9 +190,7 @@ def _fused_magnitude(
             keys=[a_name(part) for part in parts],
             todo="Turn it into LoRA with --as lora --base",
         )
-    blocks = [
-        _bits.Block(flat(part.magnitude), share)
-        for part, share in zip(parts, shares, strict=True)
-        if part.magnitude is not None
-    ]
+    vectors = [flat(part.magnitude) for part in parts if part.magnitude is not None]
+    dtype = _scale.widest({ref.dtype for ref in vectors})
+    blocks = [_bits.Block(files.cast(ref, dtype), share) for ref, share in zip(vectors, shares, strict=True)]
     return _bits.assembled(blocks, 0, of)

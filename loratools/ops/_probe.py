@@ -6,6 +6,7 @@ that only renames is proven without torch.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
@@ -26,7 +27,7 @@ _PROBES = 2  # vectors for each weight
 
 # Relative error allowed where values were rounded to a store dtype: some eight units in its last place.
 _ROUNDED = {"F64": 1e-12, "F32": 1e-6, "F16": 4e-3, "BF16": 3e-2}
-_ROUNDED_BELOW = 0.5
+_ROUNDED_BELOW = 0.16
 # Where nothing was rounded but alpha, which most layouts state in float32.
 _EXACT = 3e-7
 
@@ -75,7 +76,7 @@ def compare(
     return Probed(
         len(errors),
         errors.get(worst, 0.0),
-        worst[1],
+        worst[1] if errors.get(worst) else "",
         tuple(f"{key[1]} ({errors[key]:.2g})" for key in failed),
     )
 
@@ -120,11 +121,11 @@ def _error(key: Key, mine: Sequence[Module], theirs: Sequence[Module]) -> float:
         torch.randn(height, generator=generator, dtype=torch.float64),
         torch.randn(width, generator=generator, dtype=torch.float64),
     )
-    errors = [_distance(_outputs(mine, x, base, of), _outputs(theirs, x, base, of))]
+    errors = _by_share(_outputs(mine, x, base, of), _outputs(theirs, x, base, of), of)
     for role in ("bias", "magnitude out"):
-        errors.append(_distance(_vector(mine, role, height, of), _vector(theirs, role, height, of)))
+        errors += _by_share(_vector(mine, role, height, of), _vector(theirs, role, height, of), of)
     errors.append(_distance(_across(mine), _across(theirs)))
-    return max(errors)
+    return _largest(errors)
 
 
 def _same_bits(mine: Sequence[Module], theirs: Sequence[Module]) -> bool:
@@ -134,8 +135,14 @@ def _same_bits(mine: Sequence[Module], theirs: Sequence[Module]) -> bool:
 
 
 def _twins(one: Module, other: Module) -> bool:
-    same = (one.kind, one.scale, one.magnitude_axis, one.factors.keys())
-    if same != (other.kind, other.scale, other.magnitude_axis, other.factors.keys()):
+    same = (one.kind, one.scale, one.magnitude_axis, one.factors.keys(), _constraint(one))
+    if same != (
+        other.kind,
+        other.scale,
+        other.magnitude_axis,
+        other.factors.keys(),
+        _constraint(other),
+    ):
         return False
     pairs = [(ref, other.factors[role]) for role, ref in one.factors.items()]
     if one.magnitude is not None and other.magnitude is not None:
@@ -152,6 +159,11 @@ def _height(module: Module, of: int) -> int:
     return rows * of // len(units(module.target.rows, of))
 
 
+def _largest(errors: Iterable[float]) -> float:
+    """The largest error; one that is no number, which every comparison passes over, is infinite."""
+    return max((math.inf if math.isnan(error) else error for error in errors), default=0.0)
+
+
 def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
     if one.shape != other.shape:
         return float("inf")
@@ -159,6 +171,11 @@ def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
     if size == 0.0:
         return 0.0 if away == 0.0 else float("inf")
     return away / size
+
+
+def _by_share(one: torch.Tensor, other: torch.Tensor, of: int) -> list[float]:
+    """The distances of each share of the rows: a small part of a fused weight is not lost beside a large one."""
+    return [_distance(*pair) for pair in zip(one.chunk(of), other.chunk(of), strict=True)]
 
 
 def _places(module: Module, height: int, of: int) -> torch.Tensor:
@@ -217,9 +234,18 @@ def _across(modules: Sequence[Module]) -> torch.Tensor:
 def _factors_apart(mine: Sequence[Module], theirs: Sequence[Module], of: int) -> float:
     """The relative difference of the factors themselves, for kinds that are only carried."""
     one, other = _factors(mine, of), _factors(theirs, of)
-    if one.keys() != other.keys():
+    if one.keys() != other.keys() or _numbers(mine) != _numbers(theirs):
         return float("inf")
-    return max((_distance(wide(one[name]), wide(other[name])) for name in one), default=0.0)
+    return _largest(_distance(wide(one[name]), wide(other[name])) for name in one)
+
+
+def _numbers(modules: Sequence[Module]) -> set[tuple[str, float, str | None, float | None]]:
+    """What multiplies the factors, or bounds them (OFT's alpha)."""
+    return {(each.kind, each.scale, each.magnitude_axis, _constraint(each)) for each in modules}
+
+
+def _constraint(module: Module) -> float | None:
+    return module.alpha if not module.rank else None
 
 
 def _factors(modules: Sequence[Module], of: int) -> dict[tuple[str, str, int], TensorRef]:
@@ -227,6 +253,12 @@ def _factors(modules: Sequence[Module], of: int) -> dict[tuple[str, str, int], T
     found: dict[tuple[str, str, int], TensorRef] = {}
     for module in modules:
         held = units(module.target.rows, of)
+        if module.magnitude is not None:
+            for place, unit in enumerate(held):
+                whole = module.magnitude_axis == "in" or module.magnitude.numel % len(held)
+                flat = _flat(module.magnitude)
+                own = flat if whole else taken(flat, 0, [place], len(held))
+                found[module.kind, "magnitude", unit] = own
         axes = kinds.get(module.kind).row_axes(module.factors) or {}
         for role, ref in module.factors.items():
             axis = axes.get(role)

@@ -27,8 +27,13 @@ def provable(origins: Mapping[Target, Module], conversions: Sequence[Conversion]
     }
 
 
-def expected(fitted: Sequence[_fit.Fitted], provable: Mapping[Target, Module]) -> list[Module]:
-    """What the result is compared with: the input's own modules, or their pieces where something was left out."""
+def expected(
+    fitted: Sequence[_fit.Fitted], provable: Mapping[Target, Module], ready: Adapter
+) -> list[Module]:
+    """What the result is compared with: the input's own modules, or their pieces where something was left out.
+
+    Modules of which nothing is written are among them: they must change nothing.
+    """
     by_weight: dict[tuple[str, str], list[_fit.Fitted]] = {}
     for each in fitted:
         target = each.step.module.target
@@ -42,7 +47,9 @@ def expected(fitted: Sequence[_fit.Fitted], provable: Mapping[Target, Module]) -
                     found[source.target] = provable.get(source.target, source)
             elif each.module is not None:
                 found[each.module.target] = each.module
-    return list(found.values())
+    touched = {source.target for each in fitted for source in each.step.sources}
+    rest = [module for target, module in ready.modules.items() if target not in touched]
+    return [*found.values(), *rest]
 
 
 def rounded(
@@ -54,7 +61,8 @@ def rounded(
         if each.module is None:
             continue
         written = least_precise(each.module)
-        if store and _cuts(each.module, store):
+        # What was folded or fused is in the store dtype already.
+        if store and any(_cuts(module, store) for module in (each.module, *each.step.sources)):
             found[weight_of(each.module, arch)] = store
         elif each.rounded or any(source.target in provable for source in each.step.sources):
             found[weight_of(each.module, arch)] = store or written

@@ -19,14 +19,14 @@ from loratools.model import Adapter, Module, Rows, Target
 from loratools.ops import _bits
 from loratools.ops._cut import split
 from loratools.ops._fuse import fuse
-from loratools.ops._rows import a_name, nameless
+from loratools.ops._rows import a_name, settled
 
 
 class Step(NamedTuple):
     """One module of the result, and what it is made of.
 
     Attributes:
-        module: As it will be written; its tensors have no names yet.
+        module: As it will be written; its tensors have the keys of the input, or none.
         sources: The input's modules that it is made of.
         fate: "moved", "split" or "fused".
         rounded: Whether values were computed, so that they may have been rounded.
@@ -71,7 +71,7 @@ def regroup(adapter: Adapter, form: Format) -> Regrouped:
         if not wanted and not form.parts and present != [None]:
             wanted = (None,)
         if not wanted or set(present) <= set(wanted):
-            steps += [Step(nameless(module), (module,)) for module in members]
+            steps += [Step(settled(module), (module,)) for module in members]
         else:
             steps += _pieces(members, wanted, notes)
     return Regrouped(tuple(steps), tuple(dict.fromkeys(notes)))
@@ -106,14 +106,19 @@ def _pieces(members: Sequence[Module], wanted: Sequence[Rows | None], notes: lis
     of = reduce(lcm, [rows.of for rows in (*(m.target.rows for m in members), *wanted) if rows], 1)
     held = [set(_bits.units(module.target.rows, of)) for module in members]
     reach = {unit for rows in wanted for unit in _bits.units(rows, of)}
+    outside = [
+        not units <= reach and not _is_zero(module, units - reach, of)
+        for module, units in zip(members, held, strict=True)
+    ]
     steps = [
         _beyond(module, len(units - reach), of)
-        for module, units in zip(members, held, strict=True)
-        if not units <= reach and not _is_zero(module, units - reach, of)
+        for module, units, out in zip(members, held, outside, strict=True)
+        if out
     ]
-    if steps:
-        return steps
-    for rows in wanted:
+    # The other modules of the weight have their names all the same.
+    held = [units for units, out in zip(held, outside, strict=True) if not out]
+    members = [module for module, out in zip(members, outside, strict=True) if not out]
+    for rows in wanted if members else ():
         asked = _bits.units(rows, of)
         touching = [m for m, units in zip(members, held, strict=True) if not units.isdisjoint(asked)]
         if not touching:
@@ -122,9 +127,7 @@ def _pieces(members: Sequence[Module], wanted: Sequence[Rows | None], notes: lis
         try:
             step = _piece(touching, target, wanted, of)
         except (ShapeError, UnsupportedKindError) as error:
-            step = Step(
-                nameless(touching[0])._replace(target=target), tuple(touching), "split", problem=error
-            )
+            step = Step(settled(touching[0])._replace(target=target), tuple(touching), "split", problem=error)
         if step is None:
             notes.append(f"{target} is zero in its fused weight and is left out")
             continue
@@ -152,11 +155,19 @@ def _is_zero(module: Module, units: set[int], of: int) -> bool:
 def _beyond(module: Module, shares: int, of: int) -> Step:
     """A module some of whose rows the layout has no name for."""
     problem = LayoutError(f"it has no name for {shares} of {of} shares of the rows of {module.target.path}")
-    return Step(nameless(module), (module,), "split", problem=problem)
+    return Step(settled(module), (module,), "split", problem=problem)
+
+
+def _first(module: Module, asked: Sequence[int], of: int) -> int:
+    """Where a module's first row lies among the rows asked for."""
+    mine = set(_bits.units(module.target.rows, of))
+    return next(place for place, unit in enumerate(asked) if unit in mine)
 
 
 def _piece(touching: Sequence[Module], target: Target, wanted: Sequence[Rows | None], of: int) -> Step | None:
     asked = _bits.units(target.rows, of)
+    # In the order of their rows, whatever the order of the file: the way back then gives the same bits.
+    touching = sorted(touching, key=lambda each: _first(each, asked, of))
     parts = [split(module, target, wanted, of) for module in touching]
     # What is left of each: a part may be zero in a module that was fused before.
     found = [(part, module) for part, module in zip(parts, touching, strict=True) if part is not None]

@@ -16,13 +16,11 @@ CORES = frozenset({"mid", "hada_t1", "hada_t2"})
 _IN_SCALE = "scalar"
 
 
-def nameless(module: Module) -> Module:
-    """The module with tensors that have lost the keys of their file, and without what its scale says already."""
-    return module._replace(
-        factors={role: ref.renamed("") for role, ref in module.factors.items() if role != _IN_SCALE},
-        alpha_tensor=module.alpha_tensor.renamed("") if module.alpha_tensor is not None else None,
-        magnitude=module.magnitude.renamed("") if module.magnitude is not None else None,
-    )
+def settled(module: Module) -> Module:
+    """The module without what its scale says already."""
+    if _IN_SCALE not in module.factors:
+        return module
+    return module._replace(factors={role: ref for role, ref in module.factors.items() if role != _IN_SCALE})
 
 
 def a_name(module: Module) -> str:

@@ -46,7 +46,7 @@ def alike(parts: Sequence[Module]) -> tuple[list[Module], bool]:
     Returns:
         The modules, and whether values may have been rounded.
     """
-    widest = _widest(
+    dtype = widest(
         {ref.dtype for part in parts for ref in part.factors.values() if DTYPES[ref.dtype].floating}
     )
     scale = next((part.scale for part in parts if part.scale), parts[0].scale)
@@ -55,9 +55,9 @@ def alike(parts: Sequence[Module]) -> tuple[list[Module], bool]:
     for part in parts:
         one = part
         if part.scale != scale:
-            one = _into(part, part.scale / scale)._replace(scale=scale, alpha=None, alpha_tensor=None)
-            rounded = rounded or not is_power_of_two(part.scale / scale) or _is_narrow(part, widest)
-        factors = {role: files.cast(ref, widest) for role, ref in one.factors.items()}
+            one = _into(part, part.scale / scale, dtype)._replace(scale=scale, alpha=None, alpha_tensor=None)
+            rounded = rounded or not is_power_of_two(part.scale / scale) or _is_narrow(part, dtype)
+        factors = {role: files.cast(ref, dtype) for role, ref in one.factors.items()}
         found.append(one._replace(factors=factors))
     return found, rounded
 
@@ -98,8 +98,8 @@ def _is_narrow(module: Module, dtype: str) -> bool:
     return any((dtype or ref.dtype) not in _WIDE for ref in module.factors.values())
 
 
-def _widest(dtypes: set[str]) -> str:
+def widest(dtypes: set[str]) -> str:
     """The dtype that holds the values of all: float32 for float16 and bfloat16 together."""
-    widest = max(dtypes, key=lambda dtype: DTYPES[dtype].bits)
-    several = len([dtype for dtype in dtypes if DTYPES[dtype].bits == DTYPES[widest].bits]) > 1
-    return "F32" if several and DTYPES[widest].bits < 32 else widest
+    found = max(dtypes, key=lambda dtype: DTYPES[dtype].bits)
+    several = len([dtype for dtype in dtypes if DTYPES[dtype].bits == DTYPES[found].bits]) > 1
+    return "F32" if several and DTYPES[found].bits < 32 else found

@@ -131,7 +131,7 @@ def _factors(module: Module, kind: Kind, rank: int | None, base: torch.Tensor | 
     """Factors of at most the rank asked for."""
     beside = module.magnitude is not None or not module.factors.keys().isdisjoint((*SPARSE, "diff"))
     if kind.factored is not None and not beside:
-        weight = base.detach().to("cpu", COMPUTE) if base is not None else None
+        weight = base.detach().to(torch.empty(0).device, COMPUTE) if base is not None else None
         made = kind.factored(module, weight, rank)
         if made is not None:
             factors = Factors(made.up, made.down)

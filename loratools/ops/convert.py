@@ -102,7 +102,7 @@ def convert(
     extras, strangers = _extras(adapter, goal, form)
     misfits = [misfit for each in fitted for misfit in _fit.as_read(each, origins)]
     asked = drop or fold or store or as_kind or base
-    if misfits and not asked and adapter.order and adapter.layout.name == goal.name:
+    if misfits and not asked and adapter.layout.name == goal.name and _is_spelt(adapter, fitted):
         return _as_it_is(adapter, form)
     dropped = _fit.settle([*components, *misfits, *strangers], drop, goal, adapter.path)
     modules = _modules(fitted, store)
@@ -117,7 +117,7 @@ def convert(
         kept,
         document,
         _ledger.account(adapter, ready, fitted, origins, dropped, document.tensors),
-        tuple(_prove.expected(fitted, provable)),
+        tuple(_prove.expected(fitted, provable, ready)),
         _prove.rounded(fitted, store, ready.arch, provable),
         tuple(conversions),
         tuple(dict.fromkeys((*ready.notes, *regrouped.notes, *_remarks(kept, document, goal, form)))),
@@ -135,6 +135,12 @@ def _remarks(kept: Adapter, document: Document, goal: Layout, form: Format) -> I
     told = [key for key in document.metadata if key != "format"]
     if goal.container == "pickle" and told:
         yield f"a bare list has no header: {len(told)} entries of metadata are not written (first: {told[0]})"
+
+
+def _is_spelt(adapter: Adapter, fitted: Sequence[_fit.Fitted]) -> bool:
+    """Whether all that can be spelt anew is spelt so in the file already."""
+    names = set(adapter.order)
+    return bool(names) and all(ref.name in names for each in fitted for ref in each.spelt)
 
 
 def _as_it_is(adapter: Adapter, form: Format) -> Converted:

@@ -150,7 +150,12 @@ def _measured(modules: Sequence[ModuleInfo], norms: bool) -> list[str]:
     if not norms:
         return []
     said: list[str] = []
-    bad = [module.target for module in modules if module.norm is not None and math.isnan(module.norm)]
+    # A scale of NaN is told by the reader, and says nothing of the factors.
+    bad = [
+        module.target
+        for module in modules
+        if module.norm is not None and math.isnan(module.norm) and math.isfinite(module.scale)
+    ]
     if bad:
         said.append(f"{len(bad)} of {len(modules)} modules hold NaN or Inf (first: {bad[0]})")
     zero = [module.target for module in modules if module.norm == 0]

@@ -295,6 +295,11 @@ def test_a_base_gives_flattened_names_their_dots(tmp_path):
         (("-o", "x", "--rank", "4"), "Add --as lora."),
         (("-o", "x", "--as", "lora", "--rank", "0"), "'--rank'"),
         (("-o", "x", "--dtype", "int8"), "'--dtype'"),
+        (("-o", "x", "--dtype", "fp16"), "Did you mean float16?"),
+        (("-o", "x", "--dtype", "half"), "Did you mean float16?"),
+        (("-o", "x", "--dtype", "BF16"), "Did you mean bfloat16?"),
+        (("-o", "x", "--arch", "SD1.5"), "Did you mean sd15?"),
+        (("-o", "x", "--to", "Kohya"), "Did you mean kohya?"),
         (("-o", "x", "--device", "tpu"), "'tpu' is no device"),
         (("-o", "x", "--drop", "magnitud"), "Did you mean: magnitude"),
         (("-o", "x", "--drop", "extras", "--drop", "text_encodr"), "Did you mean: text_encoder"),
@@ -328,6 +333,46 @@ def test_what_cannot_be_read_is_exit_status_1(name, content, message, tmp_path, 
     assert result.stderr.startswith("Error: ")
     assert "Traceback" not in result.stderr
     assert not out.exists()
+
+
+@pytest.mark.parametrize("arguments", [(), ("--overwrite",), ("--dry-run",)])
+@pytest.mark.parametrize("name", ["new/", "./", "/", "empty"])
+def test_a_folder_s_name_is_refused_where_the_layout_is_a_file(flux, name, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    result = run(flux.path, "--to", "diffusers", "-o", name, *arguments)
+    assert result.exit_code == 1
+    assert "folder" in result.stderr
+    assert "a file's name" in result.stderr.lower()
+    assert os.listdir(tmp_path) == ["empty"]
+
+
+def test_a_folder_with_files_is_called_one(flux, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    result = run(flux.path, "--to", "peft", "-o", tmp_path)
+    assert result.exit_code == 1
+    assert "the output is a folder and holds files" in result.stderr
+    assert "--overwrite" in result.stderr
+
+
+def test_a_trailing_slash_is_welcome_where_the_layout_is_a_folder(folder, tmp_path):
+    source = factories.kohya(folder / "slash.safetensors", "sd15").path
+    result = run(source, "--to", "peft", "-o", f"{tmp_path}/new/")
+    assert result.exit_code == 0, result.stderr
+    assert sorted(os.listdir(tmp_path / "new")) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_the_weights_of_the_overwritten_folder_do_not_stay_beside_the_new(folder, tmp_path):
+    source = factories.kohya(folder / "stale.safetensors", "sd15").path
+    for name in ("adapter_model.bin", "training_args.bin"):
+        (tmp_path / name).write_bytes(PRECIOUS)
+    result = run(source, "--to", "peft", "-o", tmp_path, "--overwrite")
+    assert result.exit_code == 0, result.stderr
+    assert sorted(os.listdir(tmp_path)) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "training_args.bin",
+    ]
 
 
 def test_an_output_in_no_folder_is_refused_before_any_work(flux, tmp_path):

@@ -155,6 +155,20 @@ def test_what_the_system_refuses(tmp_path, monkeypatch, number):
     assert names(tmp_path) == ["x"]
 
 
+def test_a_file_system_that_is_read_only(tmp_path, monkeypatch):
+    def refuse(path, *_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    # Such a file system refuses to remove even what is not there.
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(WriteError, match="cannot be written: Read-only file system") as caught:
+        write_safetensors(tmp_path / "x", [ref("new")], {})
+    assert caught.value.path == str(tmp_path / "x")
+    assert ".part" not in str(caught.value)
+    assert "choose another folder" in caught.value.todo
+
+
 @posix
 def test_a_full_disk(tmp_path):
     write_safetensors(tmp_path / "x", [ref("old")], {})
@@ -290,6 +304,30 @@ def test_a_folder_is_replaced_file_by_file_with_configurations_last(tmp_path, mo
     assert sorted(moved[:2]) == ["w.safetensors", "x.bin"]
     assert sorted(moved[2:]) == ["a.json", "z.json"]
     assert names(tmp_path) == ["adapter"]
+
+
+def test_what_the_new_files_replace_goes_once_they_are_there(tmp_path, monkeypatch):
+    target = tmp_path / "adapter"
+    with atomic_folder(target, overwrite=False) as folder:
+        fill(folder, w_bin="old", kept_bin="old")
+    seen = []
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path: (seen.append(tree(target)), unlink(path)))
+    with atomic_folder(target, overwrite=True, replaced=("w.bin", "w.safetensors")) as folder:
+        fill(folder, w_safetensors="new")
+    assert seen == [{"w.bin": "old", "w.safetensors": "new", "kept.bin": "old"}]
+    assert tree(target) == {"w.safetensors": "new", "kept.bin": "old"}
+
+
+def test_a_file_that_fails_in_a_new_folder_is_named_where_it_would_be(tmp_path):
+    with (
+        pytest.raises(WriteError, match="cannot be written: No space") as caught,
+        atomic_folder(tmp_path / "adapter", overwrite=False) as folder,
+    ):
+        write_safetensors(folder / "w", [failing("a", OSError(errno.ENOSPC, "No space"))], {})
+    assert caught.value.path == str(tmp_path / "adapter" / "w")
+    assert ".part" not in str(caught.value)
+    assert names(tmp_path) == []
 
 
 def test_a_folder_that_fails_leaves_the_old_one(tmp_path):

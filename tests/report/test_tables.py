@@ -1,7 +1,7 @@
 import pytest
 from rich.cells import cell_len
 
-from loratools.report.tables import Column, fitted, folded, table
+from loratools.report.tables import Column, fitted, folded, pairs, table, wrapped
 from tests.report.samples import rendered
 
 COLUMNS = [
@@ -45,3 +45,27 @@ def test_names_fold_after_separators(name, width, lines):
 
 def test_a_narrower_line_than_one_character_still_ends():
     assert folded("日本", 1) == "日\n本"
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "lines"),
+    [
+        ("out/style.safetensors (870.0 kB)", 26, ["out/style.safetensors", "(870.0 kB)"]),
+        ("722 renamed, 8 split from fused weights", 20, ["722 renamed,", "8 split from fused", "weights"]),
+        ("F16 ×722, F32 ×3", 10, ["F16 ×722,", "F32 ×3"]),
+        ("2 tensors: a.long.key, another.key", 16, ["2 tensors:", "a.long.key,", "another.key"]),
+        ("see blocks.0.attn2.to_out.0 here", 12, ["see", "blocks.0.", "attn2.", "to_out.0", "here"]),
+        ("short", 10, ["short"]),
+        ("", 10, [""]),
+    ],
+)
+def test_prose_breaks_between_words_and_keeps_numbers_whole(text, width, lines):
+    assert wrapped(text, width).split("\n") == lines
+
+
+@pytest.mark.parametrize("width", range(20, 90, 7))
+def test_values_keep_their_numbers_and_units_at_any_width(width):
+    rows = [("wrote", "some/folder/of/mine/style_diffusers.safetensors (870.0 kB)")]
+    text = rendered(lambda width, _: pairs(rows, width=width), width)
+    assert "(870.0 kB)" in text
+    assert max(map(cell_len, text.splitlines())) <= width
