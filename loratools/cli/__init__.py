@@ -12,15 +12,19 @@ import gc
 # everything is imported. It is set here since only the program itself imports this package.
 gc.set_threshold(200_000, 20, 20)
 
-import contextlib  # noqa: E402 - after the setting above, for the reason given there
-import os  # noqa: E402
-import sys  # noqa: E402
-import threading  # noqa: E402
+try:
+    import contextlib
+    import os
+    import sys
+    import threading
 
-import click  # noqa: E402
+    import click
 
-from loratools import __version__  # noqa: E402
-from loratools.cli._group import Commands  # noqa: E402
+    from loratools import __version__
+    from loratools.cli import _interrupts
+    from loratools.cli._group import Commands
+except KeyboardInterrupt:  # Ctrl-C before there is anything that could tell of it
+    raise SystemExit(130) from None
 
 COMMANDS = {
     "info": "What each file is: architecture, layout, ranks, norms, training.",
@@ -52,8 +56,8 @@ Examples:
 def cli() -> None:
     """Inspect, convert and merge LoRA adapters, whatever trainer wrote them.
 
-    A PATH is a .safetensors, .ckpt, .pt, .pth, .bin, .npz or .gguf file, or a folder that is an adapter
-    (PEFT, MLX). What a file is, is read from its content, never from its name.
+    A PATH is a .safetensors, .ckpt, .pt, .pth, .bin or .npz file, or a folder that is an adapter (PEFT, MLX); GGUF
+    cannot be read yet. What a file is, is read from its content, never from its name.
 
     Exit status: 0 done; 1 refused or failed, and nothing was written; 2 wrong usage; 130 interrupted.
     """
@@ -61,6 +65,8 @@ def cli() -> None:
 
 def main() -> None:
     """The console entry point."""
+    _interrupts.install()
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # a replaced stream may not be a text file
             # A name that the terminal's code page lacks must not end a report halfway.
@@ -72,6 +78,13 @@ def main() -> None:
             # Taking every object apart before the process ends costs as much as half of `info --no-norms`.
             os._exit(ended.code)
         raise
+
+
+def _open_streams() -> None:
+    """Give a stream that the caller has closed a place, lest the next file that is opened take its number."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - stays open to the end
 
 
 def _nothing_left() -> bool:

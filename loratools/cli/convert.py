@@ -26,17 +26,17 @@ def _droppable(ctx: click.Context, param: click.Parameter, value: tuple[str, ...
     """Callback of --drop: what nothing is called is wrong usage, whatever the file holds."""
     if value:
         from loratools.errors import OptionError
-        from loratools.ops import _fit
+        from loratools.ops import _settle
 
         try:
-            _fit.refuse_unknown(value)
+            _settle.refuse_unknown(value)
         except OptionError as error:
             raise click.BadParameter(str(error), ctx, param) from None
     return value
 
 
 @click.command("convert", epilog=_EPILOG)
-@click.argument("path", metavar="IN", type=click.Path(path_type=Path))
+@click.argument("path", metavar="IN", type=options.PATH)
 @click.option(
     "--verify/--no-verify",
     "check",
@@ -45,7 +45,7 @@ def _droppable(ctx: click.Context, param: click.Parameter, value: tuple[str, ...
 )
 @click.option(
     "--base",
-    type=click.Path(path_type=Path),
+    type=options.PATH,
     metavar="PATH",
     help="The base checkpoint, whose names decide where no architecture's table does; --as needs it for OFT and DoRA.",
 )
@@ -99,13 +99,15 @@ def command(
 
 
 def _write(report: ConvertReport, *, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    written = None if dry_run else report.output
     if as_json:
         from loratools.report import data
 
-        output.write_json(data.convert_json(report, dry_run=dry_run))
+        output.write_json(data.convert_json(report, dry_run=dry_run), written=written)
     elif not quiet:
         from loratools.report.convert_text import convert_text
 
         output.write_report(
-            lambda width, symbols: convert_text(report, width=width, symbols=symbols, dry_run=dry_run)
+            lambda width, symbols: convert_text(report, width=width, symbols=symbols, dry_run=dry_run),
+            written=written,
         )

@@ -35,7 +35,7 @@ class Entry(NamedTuple):
 
 
 @click.command("info", epilog=_EPILOG, short_help="What each file is.")
-@click.argument("paths", metavar="[PATH]...", nargs=-1, type=click.Path())
+@click.argument("paths", metavar="[PATH]...", nargs=-1, type=click.Path(readable=False))
 @click.option("--modules", is_flag=True, help="List every module of each adapter.")
 @click.option("--no-norms", is_flag=True, help="Read headers only: no norms, spectra and energies.")
 @options.arch

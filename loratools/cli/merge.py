@@ -48,7 +48,7 @@ def _option_help(option: Option) -> str:
 
 
 @click.command("merge", epilog=_EPILOG)
-@click.argument("paths", metavar="A B [C]...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("paths", metavar="A B [C]...", nargs=-1, required=True, type=options.PATH)
 @click.option(
     "--weights",
     callback=options.numbers,
@@ -166,13 +166,15 @@ def _own_options(method: str, stated: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(report: MergeReport, *, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    written = None if dry_run else report.output
     if as_json:
         from loratools.report import data
 
-        output.write_json(data.merge_json(report, dry_run=dry_run))
+        output.write_json(data.merge_json(report, dry_run=dry_run), written=written)
     elif not quiet:
         from loratools.report.merge_text import merge_text
 
         output.write_report(
-            lambda width, symbols: merge_text(report, width=width, symbols=symbols, dry_run=dry_run)
+            lambda width, symbols: merge_text(report, width=width, symbols=symbols, dry_run=dry_run),
+            written=written,
         )

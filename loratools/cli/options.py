@@ -6,7 +6,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -17,8 +18,18 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 Decorator = Callable[[Decorated], Decorated]
 Callback = Callable[[click.Context, click.Parameter, Any], Any]
 
+PATH = click.Path(path_type=Path, readable=False)
+"""An input. Whether it is there and can be read, the reader says, as it does of all else that is wrong with it."""
+
 # Every library that may hold a thread pool reads one of these when it is imported.
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+_DTYPES = ("float32", "float16", "bfloat16", "keep")
+# What other programs and headers call them.
+_OTHER_DTYPES = {
+    "fp32": "float32", "f32": "float32", "float": "float32",
+    "fp16": "float16", "f16": "float16", "half": "float16",
+    "bf16": "bfloat16",
+}  # fmt: skip
 _DEVICE = r"auto|cpu|mps|cuda(:\d+)?"
 
 
@@ -36,15 +47,39 @@ def registered(package: str, constant: str, word: str) -> Callback:
 
         known = scan(package, constant)
         if value not in known:
-            import difflib
-
-            near = difflib.get_close_matches(value, known, n=1)
-            hint = f"Did you mean {near[0]}? " if near else ""
-            text = f"there is no {word} {value!r}. {hint}Known: {', '.join(known)}."
-            raise click.BadParameter(text, ctx, param)
+            raise click.BadParameter(_unknown(word, value, {name: name for name in known}), ctx, param)
         return value
 
     return checked
+
+
+def dtype(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """Callback of --dtype."""
+    if value not in _DTYPES:
+        names = {name: name for name in _DTYPES} | _OTHER_DTYPES
+        raise click.BadParameter(_unknown("store dtype", value, names), ctx, param)
+    return value
+
+
+def _unknown(word: str, value: str, names: Mapping[str, str]) -> str:
+    """What is said of a name that nothing has, with what may have been meant.
+
+    Args:
+        word: What it should have been the name of.
+        value: The name.
+        names: What each known name, and each other name for it, is called here.
+    """
+    import difflib
+
+    plain = {_plain(name): found for name, found in names.items()}
+    near = difflib.get_close_matches(_plain(value), plain, n=1)
+    hint = f"Did you mean {plain[near[0]]}? " if near else ""
+    return f"there is no {word} {value!r}. {hint}Known: {', '.join(dict.fromkeys(names.values()))}."
+
+
+def _plain(name: str) -> str:
+    """A name as it compares with others: SD1.5 with sd15."""
+    return "".join(char for char in name.lower() if char.isalnum())
 
 
 def device(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -167,7 +202,7 @@ _to: Decorator[Any] = click.option(
 )
 _dtype: Decorator[Any] = click.option(
     "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16", "keep"]),
+    callback=dtype,
     default="keep",
     metavar="DTYPE",
     help="Store dtype: float32, float16, bfloat16, or keep (default).",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -18,23 +19,63 @@ OnProgress = Callable[[str, int, int], None]
 Renderer = Callable[[int, "Symbols"], "RenderableType"]
 
 
-def write_json(value: Any) -> None:
-    """One JSON document on stdout."""
+def write_json(value: Any, *, written: str | None = None) -> None:
+    """One JSON document on stdout.
+
+    Args:
+        value: What ``report.data`` makes of a result.
+        written: The output that is in its place already, if there is one.
+    """
     from loratools.report import data
 
-    click.echo(data.dumps(value))
+    text = data.dumps(value)
+    with _reporting(written):
+        click.echo(text)
 
 
-def write_report(render: Renderer) -> None:
+def write_report(render: Renderer, *, written: str | None = None) -> None:
     """A report on stdout.
 
     Args:
         render: Makes the report for a width in cells and the symbols that the output can show.
+        written: The output that is in its place already, if there is one.
     """
     from loratools.report.values import symbols_for
 
     console = _console()
-    console.print(render(console.width, symbols_for(console.encoding)))
+    report = render(console.width, symbols_for(console.encoding))
+    with _reporting(written):
+        # Written by click, since rich ends the program with status 1 where nobody reads any more.
+        with console.capture() as captured:
+            console.print(report)
+        click.echo(captured.get(), nl=False, color=True)  # rich has decided on colours
+
+
+@contextlib.contextmanager
+def _reporting(written: str | None) -> Iterator[None]:
+    """Print to stdout; once an output is written, a report that cannot be shown is no failure.
+
+    Raises:
+        OSError: Stdout takes no more (a full disk), and the report was all that there is.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # whoever read has seen enough
+        _discard_stdout()
+    except OSError as error:
+        _discard_stdout()
+        if written is None:
+            raise
+        reason = error.strerror or error
+        click.echo(f"Warning: {written} was written; the report could not be: {reason}.", err=True)
+
+
+def _discard_stdout() -> None:
+    """Send what is left in stdout's buffer nowhere, lest Python fail to write it once more at exit."""
+    with contextlib.suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def write_error(message: str) -> None:

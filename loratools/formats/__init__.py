@@ -17,6 +17,17 @@ from loratools.registry import scan
 __all__ = ["Document", "Format", "document", "get", "read", "writable"]
 
 
+# What people call a layout after the programs that read it. They are offered, not taken: several may be meant.
+_CALLED: Mapping[str, Sequence[str]] = {
+    **dict.fromkeys(
+        ("a1111", "automatic1111", "webui", "forge", "sd-scripts", "kohya-ss", "kohya_ss"), ("kohya",)
+    ),
+    "comfyui": ("comfy",),
+    **dict.fromkeys(("hf", "huggingface", "hugging-face"), ("diffusers", "peft")),
+    "musubi-tuner": ("musubi",),
+}
+
+
 def get(name: str) -> Format:
     """The layout of this name.
 
@@ -27,9 +38,14 @@ def get(name: str) -> Format:
 
     known: Mapping[str, Any] = scan("loratools.formats", "FORMAT")
     if name not in known:
-        near = difflib.get_close_matches(name, known)
+        word = name.lower()
+        near = _CALLED.get(word) or difflib.get_close_matches(word, known)
+        written = writable()
+        read_only = ", ".join(each for each in known if each not in written)
         raise LayoutError(
-            f"there is no layout {name!r}", candidates=near, expected=f"Known: {', '.join(known)}"
+            f"there is no layout {name!r}",
+            candidates=near,
+            expected=f"Known are {', '.join(written)}, and for reading alone {read_only}",
         )
     found: Format = known[name]
     return found

@@ -11,6 +11,16 @@ from loratools.formats._base import cannot_hold
 from loratools.model import EMPTY, Adapter, Layout, Module, Target
 from loratools.tensors import TensorRef
 
+# How Kohya's layout and its relatives begin a text encoder's names. Whether a model has one or several, only its
+# architecture or its own keys tell.
+TEXT_ENCODERS = (
+    ("lora_te1_", "text_encoder"),
+    ("lora_te2_", "text_encoder_2"),
+    ("lora_te3_", "text_encoder_3"),
+    ("lora_te4_", "text_encoder_4"),
+    ("lora_te_", "text_encoder"),
+)
+
 
 class Naming(NamedTuple):
     """How a layout names modules.
@@ -53,7 +63,7 @@ class Naming(NamedTuple):
         found = self.stated(adapter.arch, target.component)
         row = component(adapter.arch, target.component)
         if found is None and (row is None or row.table is None):
-            found = self._kept(module)
+            found = self._kept(module) or self._of_all(target, adapter, layout)
             if found is None:
                 # An empty prefix is one, too: paths of nobody's model stand for themselves.
                 found = self.usual.get(target.component, self.default or None)
@@ -66,6 +76,34 @@ class Naming(NamedTuple):
         layouts = (self.layout, self.stand_in) if self.stand_in else (self.layout,)
         row = component(arch, owner)
         return next((found for layout in layouts if row is not None and (found := row.prefix(layout))), None)
+
+    def _of_all(self, target: Target, adapter: Adapter, layout: Layout) -> str | None:
+        """The prefix of a text encoder that several architectures have alike; None for anything else.
+
+        Raises:
+            LayoutError: They state different ones, and nothing tells which of them it is.
+        """
+        if adapter.arch != "unknown" or not target.component.startswith("text_encoder"):
+            return None
+        # One module of each component stands for its others: this is asked for each module of a file.
+        members = {each.component: each for each in adapter.modules}
+        stated = {
+            arch: prefix
+            for arch in archs.all_archs()
+            if (prefix := self.stated(arch, target.component)) is not None
+            and all(self._explains(arch, each) for each in members.values())
+        }
+        if len(set(stated.values())) > 1:
+            what = f"a {target.component} of an unknown architecture, on which its name depends"
+            todo = f"Give the architecture that it was made for: --arch {'|'.join(stated)}"
+            raise cannot_hold(layout, what, [str(target)], todo)
+        return next(iter(stated.values()), None)
+
+    def _explains(self, arch: str, target: Target) -> bool:
+        """Whether an architecture has a weight of this name."""
+        prefix = self.stated(arch, target.component)
+        path = target.path.replace(".", "_") if self.separator == "_" else target.path
+        return prefix is not None and archs.get(arch).resolve(prefix + path) is not None
 
     def _kept(self, module: Module) -> str | None:
         key = next((ref.name for ref in module.factors.values() if ref.name), "")
@@ -165,7 +203,9 @@ def refuse_mixture(adapter: Adapter, layout: Layout) -> None:
     ]
     if keys:
         what = f"both DoRA and plain LoRA in one {min(both)}, which has one configuration"
-        raise cannot_hold(layout, what, keys, "Leave the magnitudes out with --drop magnitude, or choose another --to")
+        raise cannot_hold(
+            layout, what, keys, "Leave the magnitudes out with --drop magnitude, or choose another --to"
+        )
 
 
 def peft_magnitude(magnitude: TensorRef, module: Module, layout: Layout) -> TensorRef:

@@ -17,9 +17,7 @@ def factors(module: Module, layout: Layout) -> tuple[TensorRef, TensorRef]:
     """
     problem = _problem(module)
     if problem:
-        todo = "Choose a layout that has a place for it with --to"
-        if problem == _SCALED:
-            todo = "`loratools convert` multiplies the scale into the factors"
+        todo = "`loratools convert` multiplies the scale into the factors" if problem == _SCALED else ""
         raise cannot_hold(layout, problem, [str(module.target)], todo)
     return module.factors["up"], module.factors["down"]
 

@@ -91,18 +91,16 @@ def _other(facts: Facts, tensors: Mapping[str, TensorRef], kind: str, placed: Pl
             "`loratools convert FILE --to LAYOUT --drop extras` takes them out",
         )
     name = "peft" if "peft_type" in facts.config else _classify.LAYOUTS.get(kind, "unknown")
-    layout = Layout(name, "", facts.container)
     return Adapter(
-        {},
-        dict(tensors),
-        facts.metadata,
-        "unknown",
-        layout,
-        facts.config,
-        facts.path,
-        notes,
-        kind,
-        facts.keys,
+        modules={},
+        extras=dict(tensors),
+        metadata=facts.metadata,
+        layout=Layout(name, "", facts.container),
+        config=facts.config,
+        path=facts.path,
+        notes=notes,
+        type=kind,
+        order=facts.keys,
     )
 
 
@@ -186,9 +184,7 @@ class _Reader:
             from loratools.formats import _grouped
 
             self.notes.extend(_grouped.notes(self.facts))
-        wrong = _scaling.nonfinite(modules.values())
-        if wrong:
-            self.notes.append(f"{len(wrong)} alphas are NaN or infinite (first: {wrong[0]})")
+        self.notes.extend(_scaling.nonfinite_notes(modules.values()))
 
     def _parts(self, found: Group) -> Sequence[tuple[Group, Rows | None]]:
         from loratools.formats import _grouped

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from loratools.errors import MalformedFileError, NonFiniteError
 from loratools.formats._base import Facts, Format, Group, Scale
@@ -48,13 +48,20 @@ def scale_of(
 
 
 def _number(ref: TensorRef, facts: Facts) -> float:
-    """A tensor's only value; an error names the file."""
-    try:
-        return ref.scalar()
-    except MalformedFileError as error:
+    """A tensor's only value.
+
+    Raises:
+        MalformedFileError: It holds more or less than one; the message names the file.
+    """
+    if ref.numel != 1:
         raise MalformedFileError(
-            error.problem, path=facts.path or None, keys=[ref.name], expected=error.expected, todo=error.todo
-        ) from None
+            f"{ref.name} has shape {list(ref.shape)}",
+            path=facts.path or None,
+            keys=[ref.name],
+            expected="A single number was expected",
+            todo="The file is damaged; get it again from where it was made",
+        )
+    return ref.scalar()
 
 
 def _pruned(roles: Mapping[str, TensorRef], facts: Facts, rank: int) -> Scale:
@@ -81,6 +88,22 @@ def nonfinite(modules: Iterable[Module]) -> list[str]:
         for module in modules
         if not math.isfinite(module.scale)
     ]
+
+
+def nonfinite_notes(modules: Collection[Module]) -> list[str]:
+    """One note for each way in which scales are not finite, with the first key that states such a one."""
+    said: list[str] = []
+    for what, odd in (("not a number", math.isnan), ("infinite", math.isinf)):
+        found = [module for module in modules if odd(module.scale)]
+        if not found:
+            continue
+        alone = all(module.alpha is None or math.isfinite(module.alpha) for module in found)
+        verb = "have a scale" if alone else "state an alpha"
+        said.append(
+            f"{len(found)} of {len(modules)} modules {verb} that is {what} (first: {nonfinite(found)[0]}): "
+            "the strength cannot be computed"
+        )
+    return said
 
 
 def refuse_nonfinite(adapter: Adapter) -> None:

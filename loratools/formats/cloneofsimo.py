@@ -19,7 +19,7 @@ from functools import lru_cache
 
 from loratools import archs
 from loratools.errors import LayoutError
-from loratools.formats import _carried, _plain
+from loratools.formats import _carried, _names, _plain
 from loratools.formats._base import Document, Facts, Format, cannot_hold
 from loratools.model import Adapter, Layout, Module, Target
 from loratools.tensors import TensorRef
@@ -61,6 +61,8 @@ def _numbers(arch: str, gated: bool) -> Mapping[Target, tuple[str, int]]:
 
 
 def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef]:
+    if layout.container == "pickle":
+        _refuse_second_component(module, adapter, layout)
     up, down = _plain.factors(module, layout)
     numbers = _numbers(adapter.arch, _gated(adapter))
     if module.target not in numbers:
@@ -73,6 +75,18 @@ def _speller(module: Module, adapter: Adapter, layout: Layout) -> list[TensorRef
     component, number = numbers[module.target]
     stem = f"{component}:{number}"
     return [up.renamed(f"{stem}:up"), down.renamed(f"{stem}:down")]
+
+
+def _refuse_second_component(module: Module, adapter: Adapter, layout: Layout) -> None:
+    """Refuse a module of another component than the list is of."""
+    own, main = module.target.component, _names.main_component(adapter)
+    if own != main:
+        raise cannot_hold(
+            layout,
+            f"two components in one list, a {own} beside a {main}",
+            [str(module.target)],
+            "A .safetensors file of it holds both",
+        )
 
 
 def _finisher(adapter: Adapter, tensors: list[TensorRef], layout: Layout) -> Document:
@@ -123,13 +137,15 @@ def _refuse_gaps(adapter: Adapter, layout: Layout) -> None:
 
 
 def _refuse_in_list(adapter: Adapter, tensors: list[TensorRef], layout: Layout) -> None:
-    """Refuse what needs a name: a second component, and tokens."""
-    if len(adapter.components()) > 1:
-        keys = [f"{name}: {len(modules)} modules" for name, modules in adapter.components().items()]
-        raise cannot_hold(layout, "two components in one list", keys, "Write a .safetensors file")
+    """Refuse what needs a name: tokens."""
     extras = [ref.name for ref in tensors if re.fullmatch(_KEY, ref.name) is None]
     if extras:
-        raise cannot_hold(layout, "tensors with names in a list", extras, "Leave them out with --drop extras")
+        raise LayoutError(
+            f"the {layout.name} layout cannot hold tensors with names in a list",
+            path=adapter.path or None,
+            keys=extras,
+            todo="Write a .safetensors file, or leave them out with --drop extras",
+        )
 
 
 def _place(ref: TensorRef) -> tuple[int, bool]:

@@ -6,18 +6,14 @@ and the scale is alpha / rank. Source: kohya-ss/sd-scripts ``networks/lora.py``.
 
 from __future__ import annotations
 
-from loratools.formats import _carried, _kohya_metadata, _spell, _suffixes
+from loratools.formats import _carried, _kohya_metadata, _names, _spell, _suffixes
 from loratools.formats._base import Facts, Format, Group, Scale
 from loratools.formats._names import Naming
 
 _PREFIXES = (
     ("lora_unet_unet_", "denoiser"),
     ("lora_unet_", "denoiser"),
-    ("lora_te1_", "text_encoder"),
-    ("lora_te2_", "text_encoder_2"),
-    ("lora_te3_", "text_encoder_3"),
-    ("lora_te4_", "text_encoder_4"),
-    ("lora_te_", "text_encoder"),
+    *_names.TEXT_ENCODERS,
     ("lora_prior_unet_", "denoiser"),
     ("lora_prior_te_", "text_encoder"),
     ("oft_unet_", "denoiser"),
@@ -35,8 +31,7 @@ _NAMING = Naming(
         "text_encoder_2": "lora_te2_",
         "text_encoder_3": "lora_te3_",
     },
-    # Whether a model has one text encoder or several only its own keys tell.
-    seen=tuple(row for row in _PREFIXES if row[0].startswith("lora_te")),
+    seen=_names.TEXT_ENCODERS,
 )
 
 

@@ -6,7 +6,7 @@ Source: LyCORIS ``lycoris/wrapper.py`` (``LycorisNetwork``).
 
 from __future__ import annotations
 
-from loratools.formats import _carried, _kohya_metadata, _spell
+from loratools.formats import _carried, _kohya_metadata, _names, _spell
 from loratools.formats._base import Facts, Format
 from loratools.formats._names import Naming
 
@@ -15,6 +15,7 @@ _NAMING = Naming(
     "diffusers",
     "_",
     {"denoiser": "lycoris_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"},
+    seen=_names.TEXT_ENCODERS,
 )
 
 

@@ -6,7 +6,7 @@ Source: Nerogar/OneTrainer ``modules/module/LoRAModule.py``.
 
 from __future__ import annotations
 
-from loratools.formats import _carried, _kohya_metadata, _spell, _suffixes
+from loratools.formats import _carried, _kohya_metadata, _names, _spell, _suffixes
 from loratools.formats._base import Facts, Format
 from loratools.formats._names import Naming
 
@@ -22,6 +22,7 @@ _NAMING = Naming(
     "diffusers",
     "_",
     {component: prefix for prefix, component in _PREFIXES},
+    seen=_names.TEXT_ENCODERS,
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -43,18 +43,25 @@ def atomic_output(path: str | os.PathLike[str], overwrite: bool, needed: int | N
             _check_target(target, overwrite)
             os.replace(temporary, target)
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # gone under its new name; a read-only file system refuses even that
             temporary.unlink()
     _sync_folder(target.parent)
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
+def atomic_folder(
+    path: str | os.PathLike[str], overwrite: bool, replaced: Collection[str] = ()
+) -> Iterator[Path]:
     """A temporary folder beside ``path``, to be filled; it takes the name ``path`` at the end.
 
     Where ``path`` is a folder with files in it and ``overwrite`` is true, the new files replace those of the
     same name one by one, configurations last, so that no configuration describes weights that are not there
-    yet; other files stay.
+    yet; other files stay, but for those that the new ones replace under another name.
+
+    Args:
+        path: The output.
+        overwrite: Whether files of an existing folder may be replaced.
+        replaced: Names of files that go once the new ones are in place, unless they are among them.
 
     Raises:
         OutputExistsError: The folder holds files, and ``overwrite`` is false.
@@ -66,7 +73,8 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool) -> Iterator[Pat
     try:
         with _write_errors(target, None):
             temporary.mkdir()
-            yield temporary
+            with _named_as(temporary, target):
+                yield temporary
             files = sorted(file for file in temporary.rglob("*") if file.is_file())
             for file in files:
                 _sync(file)
@@ -75,6 +83,9 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool) -> Iterator[Pat
                 target.rmdir()
             if target.exists():
                 _replace_files(files, temporary, target)
+                for name in replaced:
+                    if temporary / name not in files:
+                        (target / name).unlink(missing_ok=True)
             else:
                 os.replace(temporary, target)
     finally:
@@ -94,6 +105,19 @@ def _replace_files(files: list[Path], source: Path, target: Path) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         os.replace(file, place)
     _sync_folder(target)
+
+
+@contextmanager
+def _named_as(temporary: Path, target: Path) -> Iterator[None]:
+    """Have the errors of single files name the folder that they are for, rather than the one that they are made in."""
+    try:
+        yield
+    except WriteError as error:
+        problem, path = (
+            text.replace(os.fspath(temporary), os.fspath(target))
+            for text in (error.problem, error.path or "")
+        )
+        raise WriteError(problem, path=path, expected=error.expected, todo=error.todo) from error
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

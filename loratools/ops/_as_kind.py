@@ -43,7 +43,7 @@ def as_lora(
     Raises:
         UnsupportedKindError: A module has no ΔW that could be computed, or needs the base; all are named.
     """
-    place = usable(device)
+    place = usable(device, wanted=torch.float64)
     modules: dict[Target, Module] = {}
     before: dict[Target, Module] = {}
     done: list[Conversion] = []

@@ -11,20 +11,21 @@ from loratools.model import Module
 from loratools.tensors import LazySource, TensorRef, from_torch
 
 
-def usable(name: str, *, auto: str = "cpu") -> str:
+def usable(name: str, *, auto: str = "cpu", wanted: torch.dtype = torch.float32) -> str:
     """A device by name.
 
     Args:
         name: "auto", "cpu", "cuda", "cuda:N" or "mps".
         auto: What "auto" means.
+        wanted: What is computed in; Apple's devices have no float64.
 
     Raises:
         OptionError: It is not there.
     """
     if name == "auto":
         return auto
-    with contextlib.suppress(RuntimeError, AssertionError):
-        torch.empty(0, device=name)
+    with contextlib.suppress(RuntimeError, AssertionError, TypeError):
+        torch.empty(0, device=name, dtype=wanted)
         return name
     raise OptionError(f"the device {name!r} cannot be used here", candidates=["auto", "cpu"])
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
 from loratools import archs, kinds
-from loratools.errors import LayoutError, LoraError, OptionError
+from loratools.errors import LoraError
 from loratools.formats import Format, _names
-from loratools.model import Adapter, Layout, Module, Target
+from loratools.model import Adapter, Layout, Module
 from loratools.ops import _scale
 from loratools.ops._regroup import Step
 from loratools.registry import scan
 from loratools.tensors import TensorRef
 
 # What --drop calls the roles that can be left out while the module stays.
-_PARTS = {
+PARTS = {
     "magnitude": "magnitude",
     "magnitude_in": "magnitude",
     "up_bias": "bias",
@@ -24,9 +22,7 @@ _PARTS = {
     "b_norm": "norm",
     "w_norm": "norm",
 }
-# Kinds that --as lora knows.
-_BECOME_LORA = frozenset({"lora", "loha", "lokr", "oft", "glora", "ia3", "full", "magnitude"})
-_TODOS_SHOWN = 2
+_MATCH_BASE = "Give the model that it was made for with --base"
 _MATCH = "Give the model that it was made for with --base, or its architecture with --arch"
 _SPARSE = ("bias_indices", "bias_values", "bias_size")
 
@@ -99,7 +95,8 @@ def fit(
         return _nothing(step, "unnamed", reason)
     if not matched and _has_lost_dots(module, adapter, form):
         reason = "it has no place for names whose dots a flattened layout has replaced"
-        return _nothing(step, "unnamed", reason, _MATCH)
+        # An architecture that was found or given does not explain the name.
+        return _nothing(step, "unnamed", reason, _MATCH if adapter.arch == "unknown" else _MATCH_BASE)
     rounded = step.rounded or _is_rescaled(step.module, module)
     if module.scale != 1.0 and (fold or not form.states_scale(module)):
         try:
@@ -164,11 +161,11 @@ def _with_known_roles(
         return module._replace(magnitude=None, magnitude_axis=None), (misfit,)
     if not lacking:
         return module, ()
-    whole = [role for role in lacking if role not in _PARTS]
+    whole = [role for role in lacking if role not in PARTS]
     left = {role: ref for role, ref in module.factors.items() if role not in lacking}
     kind = kinds.get(module.kind)
     if whole or not any(left.keys() >= set(need) for need in kind.needs):
-        tag = "sparse" if set(whole) <= set(_SPARSE) and whole else _PARTS.get(lacking[0], module.kind)
+        tag = "sparse" if set(whole) <= set(_SPARSE) and whole else PARTS.get(lacking[0], module.kind)
         tag = module.kind if whole and tag != "sparse" else tag
         return None, _nothing(
             step, tag, f"it has no names for the {', '.join(lacking)} of {kind.title} modules"
@@ -183,8 +180,8 @@ def _part(step: Step, role: str) -> Misfit:
     plain = "magnitude" if role == "magnitude_in" else role
     names = {"up_bias", "diff_b"} if plain in ("up_bias", "diff_b") else {plain}
     keys = tuple(ref.name for source in step.sources for each, ref in source.tensors() if each in names)
-    said = "a magnitude per input" if role == "magnitude_in" else f"a {_PARTS[role]}"
-    return Misfit(_PARTS[role], keys, f"it has no place for {said}")
+    said = "a magnitude per input" if role == "magnitude_in" else f"a {PARTS[role]}"
+    return Misfit(PARTS[role], keys, f"it has no place for {said}")
 
 
 def _bias_as_spelt(module: Module, form: Format, dtype: str) -> Module:
@@ -222,101 +219,3 @@ def _tag(module: Module, adapter: Adapter, form: Format) -> str:
         return module.target.component
     # A known weight's name is not what is in the way of another kind.
     return "unnamed" if module.kind in ("lora", "full") else module.kind
-
-
-def as_read(fitted: Fitted, origins: Mapping[Target, Module]) -> tuple[Misfit, ...]:
-    """What was left out, by the keys of the file even where a module was turned into another kind first."""
-    before = [origins[source.target] for source in fitted.step.sources if source.target in origins]
-    if not before or not fitted.misfits:
-        return fitted.misfits
-    keys = tuple(key for module in before for key in _keys(module))
-    return tuple(misfit._replace(keys=keys) for misfit in fitted.misfits)
-
-
-def apart(adapter: Adapter, form: Format, drop: Iterable[str]) -> tuple[Adapter, tuple[Misfit, ...]]:
-    """An adapter without the components that are to be dropped, where a layout holds but one; and what was left out.
-
-    Which component that is depends on what is left, and is not asked of each module.
-    """
-    chosen = set(drop) & set(adapter.components())
-    if not form.single or not chosen or len(chosen) == len(adapter.components()):
-        return adapter, ()
-    kept = {target: module for target, module in adapter.modules.items() if target.component not in chosen}
-    misfits = [
-        Misfit(module.target.component, _keys(module), "it holds one component")
-        for module in adapter.modules.values()
-        if module.target.component in chosen
-    ]
-    return replace(adapter, modules=kept), tuple(misfits)
-
-
-def _keys(module: Module) -> tuple[str, ...]:
-    return tuple(ref.name for _, ref in module.tensors() if ref.name) or (str(module.target),)
-
-
-def settle(misfits: Iterable[Misfit], drop: Iterable[str], layout: Layout, path: str) -> tuple[Misfit, ...]:
-    """The misfits, all of which the caller allows to be dropped.
-
-    Raises:
-        LayoutError: Some are not; the message names their keys, and what would drop them.
-        OptionError: Something is to be dropped that never is.
-    """
-    allowed = set(drop)
-    refuse_unknown(allowed)
-    found = list(misfits)
-    refused = [misfit for misfit in found if misfit.tag not in allowed]
-    if refused:
-        reasons = list(dict.fromkeys(misfit.reason for misfit in refused))
-        tags = list(dict.fromkeys(misfit.tag for misfit in refused))
-        # Parts of one fused weight lack the same tensors.
-        keys = list(dict.fromkeys(key for misfit in refused for key in misfit.keys))
-        todos = list(dict.fromkeys(misfit.todo for misfit in refused if misfit.todo))
-        shown = "; ".join(reasons[:3]) + (
-            f"; and {len(reasons) - 3} other reasons" if len(reasons) > 3 else ""
-        )
-        raise LayoutError(
-            f"the {layout.name} layout cannot hold {len(keys)} of the input's tensors: {shown}",
-            path=path or None,
-            keys=keys,
-            todo=". ".join(
-                [
-                    *todos[:_TODOS_SHOWN],
-                    f"Choose another layout, or leave them out with {' '.join(f'--drop {tag}' for tag in tags)}"
-                    + (", or turn them into LoRA with --as lora" if _BECOME_LORA & set(tags) else ""),
-                ]
-            ),
-        )
-    return tuple(found)
-
-
-def refuse_unknown(drop: Iterable[str]) -> None:
-    """Refuse to drop what has no such name.
-
-    Raises:
-        OptionError: Near misses are offered.
-    """
-    wanted = sorted(set(drop))
-    unknown = sorted(set(wanted) - _known_tags()) if wanted else []
-    if not unknown:
-        return
-    import difflib
-
-    known = sorted(_known_tags())
-    raise OptionError(
-        f"nothing called {unknown[0]!r} can be dropped",
-        candidates=difflib.get_close_matches(unknown[0], known),
-        expected=f"Known: {', '.join(known)}",
-    )
-
-
-def _known_tags() -> set[str]:
-    components = {each.name for arch in archs.all_archs().values() for each in arch.components}
-    return {"extras", "unnamed", "sparse", *_PARTS.values(), *scan("loratools.kinds", "KIND"), *components}
-
-
-def without(adapter: Adapter, extras: Mapping[str, TensorRef]) -> Adapter:
-    """The adapter with these tensors of no module alone."""
-    from loratools.ops import files
-
-    config = adapter.config if extras or not adapter.extras else files.without_extras(adapter.config)
-    return replace(adapter, extras=extras, config=config)

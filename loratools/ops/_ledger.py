@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from loratools.errors import LayoutError
+from loratools.formats import Format
 from loratools.model import Adapter, Module, Target
 from loratools.ops._fit import Fitted, Misfit
 from loratools.ops.results import LedgerEntry
@@ -20,7 +21,9 @@ def account(
     fitted: Sequence[Fitted],
     origins: Mapping[Target, Module],
     dropped: Iterable[Misfit],
+    *,
     written: Sequence[TensorRef],
+    form: Format,
 ) -> tuple[LedgerEntry, ...]:
     """An entry for every tensor of an input.
 
@@ -31,11 +34,12 @@ def account(
         origins: The modules as they were read, by target, where they were turned into another kind.
         dropped: What the caller allowed to be left out.
         written: All tensors of the output.
+        form: Its layout.
 
     Raises:
         LayoutError: A tensor of the input is not accounted for.
     """
-    ledger = Ledger()
+    ledger = Ledger(form)
     ledger.dropped(dropped)
     for each in fitted:
         ledger.fitted(each, origins)
@@ -48,7 +52,8 @@ def account(
 class Ledger:
     """Entries by the input's keys, in the order in which they are made."""
 
-    def __init__(self) -> None:
+    def __init__(self, form: Format) -> None:
+        self._form = form
         self._entries: dict[str, LedgerEntry] = {}
 
     def dropped(self, misfits: Iterable[Misfit]) -> None:
@@ -99,10 +104,12 @@ class Ledger:
         if stated:
             changed = module.scale != source.scale and found.step.fate == "moved"
             self._add(ref.name, "folded" if changed else found.step.fate, stated, "")
-        elif module.scale != source.scale or source.scale == 1.0:
+        elif module.scale != source.scale:
             self._add(ref.name, "folded", (), f"scale {source.scale:g} in the factors")
-        else:
+        elif self._form.states_scale(module):
             self._add(ref.name, "metadata", (), "")
+        else:
+            self._add(ref.name, "implied", (), "alpha is the rank")
 
     def extras(self, before: Mapping[str, TensorRef], written: Iterable[TensorRef]) -> None:
         """Tensors of no module."""

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -35,10 +35,9 @@ _SIMPLE = (
     ("legacy hash", ("sshs_legacy_hash",)),
 )
 _BASE = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
-# Alphas that no training means: what they are, what follows from them, and how they are told.
-_ODD = (
-    ("that is not a number", "its strength cannot be computed", math.isnan),
-    ("that is infinite", "its strength cannot be computed", math.isinf),
+# Finite alphas that no training means: what they are, what follows from them, and how they are told. The reader notes
+# those that are not finite.
+_ODD: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     (
         "of 0",
         "by alpha / rank it changes nothing, but some readers take 0 for the rank",

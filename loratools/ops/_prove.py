@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loratools import kinds
-from loratools.errors import ConversionError
+from loratools.errors import ConversionError, NonFiniteError
 from loratools.model import Adapter, Module, Target
 from loratools.ops import _fit
+from loratools.ops._fit import PARTS
 from loratools.ops._weights_of import least_precise, weight_of
 from loratools.ops.results import Conversion
 from loratools.tensors import DTYPES
@@ -40,16 +41,31 @@ def expected(
         by_weight.setdefault((target.component, target.path), []).append(each)
     found: dict[Target, Module] = {}
     for group in by_weight.values():
-        whole = not any(each.misfits for each in group)
+        # Where a module of a weight is left out, its sources may have other rows that stay.
+        lost = any(each.misfits and each.module is None for each in group)
         for each in group:
-            if whole:
-                for source in each.step.sources:
-                    found[source.target] = provable.get(source.target, source)
-            elif each.module is not None:
+            if each.module is None:
+                continue
+            if lost:
                 found[each.module.target] = each.module
+                continue
+            left = {misfit.tag for misfit in each.misfits}
+            for source in each.step.sources:
+                found[source.target] = _without(provable.get(source.target, source), left)
     touched = {source.target for each in fitted for source in each.step.sources}
     rest = [module for target, module in ready.modules.items() if target not in touched]
     return [*found.values(), *rest]
+
+
+def _without(module: Module, tags: set[str]) -> Module:
+    """A module as it was read, without the parts that were dropped."""
+    if not tags:
+        return module
+    gone = {role for role, tag in PARTS.items() if tag in tags}
+    factors = {role: ref for role, ref in module.factors.items() if role not in gone}
+    if "magnitude" in tags:
+        module = module._replace(magnitude=None, magnitude_axis=None)
+    return module._replace(factors=factors)
 
 
 def rounded(
@@ -82,10 +98,35 @@ def verify(adapter: Adapter, converted: Converted, after: Adapter) -> Probed:
     Raises:
         ConversionError: ΔW differs by more than rounding explains; the message names the weights.
     """
+    found = compared(converted, after)
+    refuse_changes(adapter, found)
+    return found
+
+
+def compared(converted: Converted, after: Adapter) -> Probed:
+    """What random probes find of the differences between what was to be written and what was read back."""
     from loratools.ops import _probe
 
-    found = _probe.compare(adapter.arch, converted.expected, after.modules.values(), converted.rounded)
+    arch = converted.adapter.arch
+    return _probe.compare(arch, converted.expected, after.modules.values(), converted.rounded)
+
+
+def refuse_changes(adapter: Adapter, found: Probed) -> None:
+    """Refuse a result whose ΔW differs.
+
+    Raises:
+        NonFiniteError: Factors of the input are no numbers, so that nothing can be said of what they do.
+        ConversionError: ΔW differs by more than rounding explains; the message names the weights.
+    """
     if found.failed:
+        keys = _nonfinite(adapter)
+        if keys:
+            raise NonFiniteError(
+                f"{len(keys)} tensors hold NaN or infinity: what they do cannot be compared",
+                path=adapter.path or None,
+                keys=keys,
+                todo="The file is damaged; get it again from where it was made, or pass --no-verify",
+            )
         raise ConversionError(
             f"ΔW of {len(found.failed)} of {found.weights} weights would change",
             path=adapter.path or None,
@@ -94,4 +135,15 @@ def verify(adapter: Adapter, converted: Converted, after: Adapter) -> Probed:
             todo="Nothing was written. Choose a wider --dtype if values are too small or too large for this one; "
             "otherwise this is a fault of loratools that should be reported",
         )
-    return found
+
+
+def _nonfinite(adapter: Adapter) -> list[str]:
+    """The keys of floating tensors that hold NaN or infinity."""
+    import torch
+
+    refs = [ref for module in adapter.modules.values() for _, ref in module.tensors()]
+    return [
+        ref.name
+        for ref in refs
+        if DTYPES[ref.dtype].floating and not torch.isfinite(ref.load().float()).all()
+    ]

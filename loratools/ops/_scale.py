@@ -76,6 +76,12 @@ def _into(module: Module, scale: float, dtype: str = "") -> Module:
     """The module with a number multiplied into its first pair of factors, and into what its scale multiplies beside."""
     kind = kinds.get(module.kind)
     left = next((role for role in kind.linear if role in module.factors), None)
+    if left is not None and not DTYPES[module.factors[left].dtype].floating:
+        raise UnsupportedKindError(
+            f"{module.target}: its factors are {module.factors[left].dtype}, which no scale can be folded into",
+            keys=[ref.name for ref in module.factors.values()],
+            todo="Choose a layout that states alpha",
+        )
     if left is None:
         raise UnsupportedKindError(
             f"{module.target}: the scale of a {kind.title} module cannot be folded into its factors",

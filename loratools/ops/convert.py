@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loratools import archs, formats
 from loratools.errors import LayoutError, OptionError
-from loratools.formats import Document, Format, _names
+from loratools.formats import Document, Format, _names, cloneofsimo
 from loratools.formats._scaling import refuse_nonfinite
 from loratools.io.base import Base, keys_of
 from loratools.model import Adapter, Layout, Module, Target
-from loratools.ops import _fit, _ledger, _prove, _regroup, files
+from loratools.ops import _fit, _ledger, _prove, _regroup, _settle, files
 from loratools.ops._prove import verify
 from loratools.ops.results import Conversion, ConvertReport, LedgerEntry, WrittenTensor
 from loratools.tensors import TensorRef
@@ -83,7 +83,7 @@ def convert(
         LayoutError: The layout cannot hold everything; the message names the keys, and what would drop them.
         LoraError: A module cannot be converted.
     """
-    drop = frozenset(drop)
+    drop = frozenset([drop] if isinstance(drop, str) else drop)
     form = writable(layout)
     if dtype != "keep" and dtype not in files.STORE_DTYPES:
         raise OptionError(f"there is no store dtype {dtype!r}", candidates=[*files.STORE_DTYPES, "keep"])
@@ -91,7 +91,7 @@ def convert(
     goal = files.layout_of(form, container)
     known = keys_of(base) if base is not None else None
     ready, origins, conversions = _as_kind(_against(adapter, known), as_kind, rank, known, dtype, device)
-    ready, components = _fit.apart(ready, form, drop)
+    ready, components = _settle.apart(ready, form, drop)
     regrouped = _regroup.regroup(ready, form)
     store = files.STORE_DTYPES.get(dtype, "")
     mixed = _names.mixed(ready.modules.values()) if form.uniform else frozenset()
@@ -100,31 +100,34 @@ def convert(
         for step in regrouped.steps
     ]
     extras, strangers = _extras(adapter, goal, form)
-    misfits = [misfit for each in fitted for misfit in _fit.as_read(each, origins)]
+    misfits = _settle.misfits_of(fitted, origins)
     asked = drop or fold or store or as_kind or base
     if misfits and not asked and adapter.layout.name == goal.name and _is_spelt(adapter, fitted):
         return _as_it_is(adapter, form)
-    dropped = _fit.settle([*components, *misfits, *strangers], drop, goal, adapter.path)
     modules = _modules(fitted, store)
+    dropped = [*components, *misfits, *strangers, *_untold(adapter, goal)]
+    _settle.settle(dropped, drop, ready, goal, nothing=not modules)
     if not modules:
         raise LayoutError(
             "nothing is left to write", path=adapter.path or None, todo="Drop less, or choose another layout"
         )
-    kept = _fit.without(replace(ready, modules=modules, order=()), extras)
+    kept = _settle.without(replace(ready, modules=modules, order=()), extras)
     document = formats.document(kept, goal, form)
     provable = _prove.provable(origins, conversions)
     return Converted(
         kept,
         document,
-        _ledger.account(adapter, ready, fitted, origins, dropped, document.tensors),
+        _ledger.account(adapter, ready, fitted, origins, dropped, written=document.tensors, form=form),
         tuple(_prove.expected(fitted, provable, ready)),
         _prove.rounded(fitted, store, ready.arch, provable),
         tuple(conversions),
-        tuple(dict.fromkeys((*ready.notes, *regrouped.notes, *_remarks(kept, document, goal, form)))),
+        tuple(dict.fromkeys((*ready.notes, *regrouped.notes, *_remarks(kept, form, dropped, drop)))),
     )
 
 
-def _remarks(kept: Adapter, document: Document, goal: Layout, form: Format) -> Iterable[str]:
+def _remarks(
+    kept: Adapter, form: Format, dropped: Sequence[_fit.Misfit], drop: Iterable[str]
+) -> Iterable[str]:
     """What somebody who uses the output should know of it, in sentences."""
     for name, modules in kept.components().items():
         if form.unread(kept.arch, name):
@@ -132,9 +135,24 @@ def _remarks(kept: Adapter, document: Document, goal: Layout, form: Format) -> I
                 f"{form.title} reads no LoRA for the {name} of {archs.get(kept.arch).title}: "
                 f"its {len(modules)} modules will have no effect there"
             )
-    told = [key for key in document.metadata if key != "format"]
-    if goal.container == "pickle" and told:
-        yield f"a bare list has no header: {len(told)} entries of metadata are not written (first: {told[0]})"
+    scales = {module.scale for module in kept.modules.values() if module.scale != 1.0}
+    if form.name == "diffusers" and scales:
+        shown = f"{min(scales):g}" if len(scales) == 1 else f"{min(scales):g} to {max(scales):g}"
+        yield (
+            f"scales ({shown}) are stated in the header alone, where diffusers reads them; for programs that do not, "
+            "--fold puts them into the factors"
+        )
+    for tag in sorted(set(drop) - {misfit.tag for misfit in dropped}):
+        yield f"--drop {tag}: there was nothing to drop, {form.title} holds all of that"
+
+
+def _untold(adapter: Adapter, goal: Layout) -> list[_fit.Misfit]:
+    """The metadata of an input whose output has no header."""
+    told = cloneofsimo.without_marks(adapter.metadata)
+    told.pop("format", None)
+    if goal.container != "pickle" or not told:
+        return []
+    return [_fit.Misfit("metadata", tuple(told), "a bare list has no header for metadata")]
 
 
 def _is_spelt(adapter: Adapter, fitted: Sequence[_fit.Fitted]) -> bool:
@@ -247,6 +265,7 @@ def convert_file(
         LoraError: Nothing was written.
     """
     files.check_output(output, overwrite=overwrite)
+    _refuse_base(options.get("base"), output)
     adapter = files.load(path, arch=arch, embedded=True)
     to = writable(to or adapter.layout.name).name
     container = files.check_name(output, to)
@@ -255,8 +274,11 @@ def convert_file(
 
     def prove(written: str) -> None:
         if check:
-            after = files.load(written, arch=_forced(adapter), embedded=True)
-            found.append(verify(adapter, converted, after))
+            found.append(
+                _prove.compared(converted, files.load(written, arch=_forced(adapter), embedded=True))
+            )
+            # Only now: what an error holds on to would keep the file open, and Windows from removing it.
+            _prove.refuse_changes(adapter, found[0])
 
     if dry_run:
         if check:
@@ -273,6 +295,23 @@ def convert_file(
             check=prove,
         )
     return _report(adapter, converted, os.fspath(output), to, size, found[0] if found else None)
+
+
+def _refuse_base(base: files.PathLike | None, output: files.PathLike) -> None:
+    """Refuse to write over the base model, or into its folder.
+
+    Raises:
+        OptionError: Whatever may be overwritten, that is not meant.
+    """
+    if base is None:
+        return
+    model, goal = os.path.realpath(base), os.path.realpath(output)
+    if goal == model or (os.path.isdir(model) and goal.startswith(model + os.sep)):
+        raise OptionError(
+            "the output would be written over the base model",
+            path=os.fspath(output),
+            todo="Choose another name for the output",
+        )
 
 
 def _forced(adapter: Adapter) -> str:

@@ -36,8 +36,12 @@ _WEIGHTS = (
     "pytorch_lora_weights.bin",
     "pytorch_adapter.bin",
 )
+# PEFT's file of weights, by either name; of two, programs disagree which counts.
+_PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *PICKLES, ".npz", ".gguf")
+
+_SEPARATORS = tuple(filter(None, (os.sep, os.altsep)))
 
 PathLike = str | os.PathLike[str]
 
@@ -218,7 +222,8 @@ def write(
             progress=progress,
             check=check,
         )
-    with io.atomic_folder(path, overwrite) as folder:
+    replaced = _PEFT_WEIGHTS if form.weights in _PEFT_WEIGHTS else ()
+    with io.atomic_folder(path, overwrite, replaced) as folder:
         written = io.write_safetensors(
             folder / form.weights,
             document.tensors,
@@ -294,8 +299,14 @@ def check_output(path: PathLike, *, overwrite: bool) -> None:
         WriteError: Its folder does not exist.
     """
     target = os.fspath(path)
-    empty = os.path.isdir(target) and not os.listdir(target)
-    if os.path.exists(target) and not overwrite and not empty:
+    if os.path.isdir(target):
+        if os.listdir(target) and not overwrite:
+            raise OutputExistsError(
+                "the output is a folder and holds files",
+                path=target,
+                todo="Give a file's name, or where the layout is a folder, --overwrite to replace files in it",
+            )
+    elif os.path.exists(target) and not overwrite:
         raise OutputExistsError(
             "the output exists already", path=target, todo="Pass --overwrite to replace it"
         )
@@ -310,7 +321,7 @@ def check_name(path: PathLike, layout: str) -> str:
     """The container that an output's name means; a name that does not go with a layout is refused.
 
     Raises:
-        OptionError: A file's name where the layout is a folder.
+        OptionError: A file's name where the layout is a folder, or the other way round.
         LayoutError: The name of another container than safetensors.
     """
     target, form = os.fspath(path), formats.get(layout)
@@ -318,6 +329,13 @@ def check_name(path: PathLike, layout: str) -> str:
     if form.folder and suffix in SUFFIXES:
         raise OptionError(
             f"the {form.title} layout is a folder", path=target, todo="Give a folder's name, or another --to"
+        )
+    if not form.folder and (os.path.isdir(target) or target.endswith(_SEPARATORS)):
+        raise OptionError(
+            "the output is a folder" if os.path.isdir(target) else "the output has a folder's name",
+            path=target,
+            expected=f"A file's name was expected: the {form.title} layout is a file",
+            todo="Give a name that ends in .safetensors, or another --to",
         )
     if suffix in PICKLES and form.pickled:
         return "pickle"

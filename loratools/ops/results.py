@@ -174,8 +174,8 @@ class LedgerEntry(NamedTuple):
 
     Attributes:
         key: Its key in the input.
-        fate: "moved", "split", "fused", "folded", "converted", "metadata", "zero" (it changes nothing, and is not
-            written) or "dropped".
+        fate: "moved", "split", "fused", "folded", "converted", "metadata", "implied" (an alpha that is the rank, which
+            the layout takes it for), "zero" (it changes nothing, and is not written) or "dropped".
         into: The output's keys that it went into.
         detail: What else there is to say: what --drop calls it, the scale that was folded.
     """

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from loratools.ops.results import Conversion, ConvertReport
 from loratools.report import values
-from loratools.report.tables import Column, pairs, table
+from loratools.report.tables import Column, pairs, table, wrapped
 from loratools.report.values import Symbols, clean
 
 _KEYS_SHOWN = 5
@@ -27,6 +27,7 @@ _FATES = {
     "converted": "turned into LoRA",
     "folded": "folded into factors",
     "metadata": "kept in the metadata",
+    "implied": "implied",
     "zero": "zero and left out",
     "dropped": "dropped",
 }
@@ -47,7 +48,9 @@ def convert_text(
     inexact = [each for each in report.conversions if not each.exact]
     if inexact:
         parts.append(_conversions(inexact, width, symbols))
-    notes = [Text(f"Note: {clean(note)}", style="yellow") for note in _notes(report.notes)]
+    notes = [
+        Text(wrapped(f"Note: {clean(note)}", width - 1), style="yellow") for note in _notes(report.notes)
+    ]
     parts += [Padding(note, (0, 0, 0, 1), expand=False) for note in notes]
     return Group(*parts)
 

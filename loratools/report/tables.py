@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,9 @@ _INDENT = 1
 _GAP = 2
 # After what a name may go on in the next line, best first.
 _JOINTS = ("/\\", ".", "_- ")
+# In prose, a number goes with what it counts, and a value with its count.
+_NUMBER = r"\(?\d[\d,.]*"
+_SPACE = r" (?![×x]\d)"
 
 
 class Column(NamedTuple):
@@ -79,7 +83,7 @@ def pairs(rows: Iterable[tuple[str, str]], *, width: int) -> RenderableType:
     wide = max((cell_len(name) for name, _ in found), default=0)
     lines: list[Text] = []
     for name, value in found:
-        first, *others = folded(value, max(1, width - _INDENT - wide - _GAP)).split("\n")
+        first, *others = wrapped(value, max(1, width - _INDENT - wide - _GAP)).split("\n")
         lines.append(Text.assemble((_padded(name, wide + _GAP), "dim"), first))
         lines += [Text(" " * (wide + _GAP) + other) for other in others]
     return _indented(lines)
@@ -138,6 +142,31 @@ def folded(name: str, width: int) -> str:
         lines.append(name[:stop].rstrip())
         name = name[stop:]
     return "\n".join([*lines, name] if name else lines)
+
+
+def wrapped(text: str, width: int) -> str:
+    """Prose over several lines of at most ``width`` cells; a name folds only where it is longer than a line."""
+    lines: list[str] = []
+    for word in _words(text):
+        longer = f"{lines[-1]} {word}" if lines else word
+        if cell_len(longer) <= width:
+            lines[-1:] = [longer]
+        else:
+            lines += folded(word, width).split("\n")
+    return "\n".join(lines)
+
+
+def _words(text: str) -> Iterator[str]:
+    """What is not taken apart at the end of a line."""
+    number = ""
+    for word in re.split(_SPACE, text):
+        if not number and re.fullmatch(_NUMBER, word) and word[-1].isdigit():
+            number = word + " "
+            continue
+        yield number + word
+        number = ""
+    if number:
+        yield number[:-1]
 
 
 def _cut(name: str, width: int) -> int:

@@ -356,14 +356,14 @@ def test_a_folder_with_files_is_called_one(flux, tmp_path):
 
 
 def test_a_trailing_slash_is_welcome_where_the_layout_is_a_folder(folder, tmp_path):
-    source = factories.kohya(folder / "slash.safetensors", "sd15").path
+    source = factories.diffusers(folder / "slash.safetensors", "sd15", only=["unet."]).path
     result = run(source, "--to", "peft", "-o", f"{tmp_path}/new/")
     assert result.exit_code == 0, result.stderr
     assert sorted(os.listdir(tmp_path / "new")) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def test_the_weights_of_the_overwritten_folder_do_not_stay_beside_the_new(folder, tmp_path):
-    source = factories.kohya(folder / "stale.safetensors", "sd15").path
+    source = factories.diffusers(folder / "stale.safetensors", "sd15", only=["unet."]).path
     for name in ("adapter_model.bin", "training_args.bin"):
         (tmp_path / name).write_bytes(PRECIOUS)
     result = run(source, "--to", "peft", "-o", tmp_path, "--overwrite")
@@ -431,8 +431,9 @@ def test_debug_shows_the_traceback(flux, out):
 def test_an_interrupt_leaves_no_output(flux, out):
     # The process interrupts itself between writing and checking, so that the moment is the same on every machine.
     code = (
-        "import os, signal\nfrom loratools.ops import convert\nfrom loratools.cli import main\n"
-        "convert.verify = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT)\nmain()"
+        "import os, signal\nfrom loratools.ops import files\nfrom loratools.cli import main\n"
+        "write, check = files.write, lambda _: os.kill(os.getpid(), signal.SIGINT)\n"
+        "files.write = lambda *a, **k: write(*a, **{**k, 'check': check})\nmain()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "convert", flux.path, "--to", "comfy", "-o", out],

@@ -28,9 +28,7 @@ def out(tmp_path):
 def shell(redirection, *arguments):
     """Run loratools with its streams redirected by a shell."""
     command = [sys.executable, "-m", "loratools", *map(str, arguments)]
-    return subprocess.run(
-        ["sh", "-c", f'"$@" {redirection}', "sh", *command], capture_output=True, text=True
-    )
+    return subprocess.run(["sh", "-c", f'"$@" {redirection}', "sh", *command], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("option", ["--quiet", "--json", "--no-verify"])
@@ -63,9 +61,7 @@ def test_a_reader_that_has_gone_does_not_undo_the_work(flux, out, option):
 def test_a_full_stdout_is_told_apart_from_an_output_that_was_not_written(flux, out, option):
     done = shell(f">{FULL}", "convert", flux, "--to", "comfy", "-o", out, option)
     assert done.returncode == 0
-    assert done.stderr == (
-        f"Warning: {out} was written; the report could not be: No space left on device.\n"
-    )
+    assert done.stderr == (f"Warning: {out} was written; the report could not be: No space left on device.\n")
     assert out.exists()
 
 
@@ -102,9 +98,9 @@ def test_an_interrupt_that_an_import_would_swallow_still_counts(flux, out, tmp_p
     module.parent.mkdir()
     module.write_text(SWALLOWING)
     code = (
-        "import time\nfrom loratools.ops import convert\nfrom loratools.cli import main\n"
-        "def work(*a, **k):\n    import swallowing\n    time.sleep(20)\n"
-        "convert.verify = work\nmain()"
+        "import time\nfrom loratools.ops import files\nfrom loratools.cli import main\nwrite = files.write\n"
+        "def late(*a, **k):\n    import swallowing\n    time.sleep(20)\n    return write(*a, **k)\n"
+        "files.write = late\nmain()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "convert", flux, "--to", "comfy", "-o", out],

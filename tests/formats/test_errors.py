@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import loratools as lt
+from loratools import formats
 from loratools.errors import (
     ArchitectureError,
     IncompleteModuleError,
@@ -327,3 +328,43 @@ def test_too_little_memory_is_not_called_a_damaged_file(
     monkeypatch.setattr(torch, "load", fail)
     with pytest.raises(MemoryError):
         lt.load(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("a1111", ("kohya",)),
+        ("webui", ("kohya",)),
+        ("Forge", ("kohya",)),
+        ("automatic1111", ("kohya",)),
+        ("ComfyUI", ("comfy",)),
+        ("hf", ("diffusers", "peft")),
+        ("huggingface", ("diffusers", "peft")),
+    ],
+)
+def test_a_program_s_name_offers_the_layouts_that_it_reads(name: str, meant: tuple[str, ...]) -> None:
+    with pytest.raises(LayoutError) as caught:
+        formats.get(name)
+    assert caught.value.candidates == meant
+    assert set(meant) <= set(formats.writable())
+
+
+def test_the_layouts_that_are_only_read_are_told_from_those_that_can_be_written() -> None:
+    with pytest.raises(LayoutError) as caught:
+        formats.get("nothing like it")
+    written, _, only_read = caught.value.expected.partition("for reading alone")
+    assert all(name in written for name in formats.writable())
+    assert set(only_read.replace(",", "").split()) == {"mlx", "torchtune"}
+
+
+def test_an_alpha_of_several_numbers_is_named_with_its_file(tmp_path: Path) -> None:
+    made = make.kohya(tmp_path / "a.safetensors")
+    key = next(key for key in made.tensors if key.endswith(".alpha"))
+    make.write_safetensors(made.path, made.tensors | {key: torch.ones(2)}, None)
+    with pytest.raises(MalformedFileError) as caught:
+        lt.load(made.path)
+    error = caught.value
+    assert (error.path, error.keys) == (str(made.path), (key,))
+    assert "[2]" in error.problem
+    assert "single number" in error.expected
+    assert error.todo

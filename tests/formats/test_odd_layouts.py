@@ -476,6 +476,53 @@ def test_the_lora_of_an_ip_adapter_goes_into_another_layout(tmp_path: Path) -> N
     assert header["unet.r"] == 2
 
 
+@pytest.mark.parametrize(("prompt", "arch", "numbers"), [(768, "sd15", 32), (2048, "sdxl", 140)])
+@pytest.mark.parametrize("prefix", ["ip_adapter.", ""])
+def test_the_processors_of_a_faceid_alone_are_an_adapter(
+    prefix: str, prompt: int, arch: str, numbers: int, tmp_path: Path
+) -> None:
+    whole = faceid(prompt, numbers)
+    alone = {
+        key.replace("ip_adapter.", prefix): tensor
+        for key, tensor in whole.items()
+        if not key.startswith("image_proj.")
+    }
+    make.write_safetensors(tmp_path / "a.safetensors", alone, None)
+    adapter = lt.load(tmp_path / "a.safetensors")
+    assert (adapter.type, adapter.arch, adapter.layout.name) == ("adapter", arch, "diffusers")
+    assert set(adapter.extras) == {key for key in alone if "to_k_ip" in key}
+    inside = read(tmp_path / "b.safetensors", whole, embedded=True)
+    make.assert_close(make.deltas_of(adapter), make.deltas_of(inside))
+    lt.save(adapter, tmp_path / "c.safetensors", layout="kohya", drop=["extras"])
+    make.assert_close(make.deltas_of(lt.load(tmp_path / "c.safetensors")), make.deltas_of(inside))
+    lt.save(adapter, tmp_path / "d.safetensors")
+    assert make.read_safetensors(tmp_path / "d.safetensors") == make.read_safetensors(
+        tmp_path / "a.safetensors"
+    )
+
+
+@pytest.mark.parametrize("numbers", [6, 34])
+def test_bare_numbers_that_are_not_a_unet_s_processors_stay_numbers(numbers: int, tmp_path: Path) -> None:
+    tensors = {key.removeprefix("ip_adapter."): tensor for key, tensor in faceid(768, numbers).items()}
+    lora = {key: tensor for key, tensor in tensors.items() if "_lora." in key}
+    make.write_safetensors(tmp_path / "a.safetensors", lora, None)
+    adapter = lt.load(tmp_path / "a.safetensors")
+    assert (adapter.arch, len(adapter.modules)) == ("unknown", 4 * numbers)
+    assert "0.to_q" in {target.path for target in adapter.modules}
+
+
+def test_the_lora_in_an_ip_adapter_is_told_with_how_to_take_it_out(tmp_path: Path) -> None:
+    make.write_safetensors(tmp_path / "a.safetensors", faceid(768), None)
+    found = lt.info(tmp_path / "a.safetensors")
+    assert (found.type, found.modules) == ("ip-adapter", ())
+    (said,) = found.warnings
+    assert "24 LoRA modules for sd15" in said
+    assert "--drop extras" in said
+    plain = {key: tensor for key, tensor in faceid(768).items() if "_lora." not in key}
+    make.write_safetensors(tmp_path / "b.safetensors", plain, None)
+    assert lt.info(tmp_path / "b.safetensors").warnings == ()
+
+
 def test_attention_processors_know_no_text_encoder_but_clip() -> None:
     """Qwen, Gemma and their like have self_attn.q_proj too."""
     target = Target("text_encoder", "model.layers.0.self_attn.q_proj")

@@ -256,8 +256,16 @@ def test_a_list_is_written_in_the_order_of_its_numbers(tmp_path: Path) -> None:
 def test_a_list_holds_one_component_and_no_names(tmp_path: Path) -> None:
     text = named([(name, (768, 768)) for name in CLIP], "text_encoder.")
     both = loaded(tmp_path / "a.safetensors", named(unet()) | text)
-    with pytest.raises(LayoutError, match="two components"):
+    with pytest.raises(LayoutError, match="two components") as caught:
         listed(both)
+    assert caught.value.path == str(tmp_path / "a.safetensors")
+    assert caught.value.keys == tuple(CLIP)
+    assert ".safetensors" in caught.value.todo
+    with pytest.raises(LayoutError, match="--drop text_encoder") as caught:
+        lt.save(both, tmp_path / "b.pt", layout="cloneofsimo")
+    assert set(caught.value.keys) == text.keys()
+    lt.save(both, tmp_path / "b.pt", layout="cloneofsimo", drop=["text_encoder"])
+    assert set(lt.load(tmp_path / "b.pt").components()) == {"denoiser"}
     token = {"bundle_emb.<s1>.string_to_param.*": torch.ones(1, 6)}
     with pytest.raises(LayoutError, match="<s1>"):
         listed(loaded(tmp_path / "b.safetensors", named(unet()) | token))

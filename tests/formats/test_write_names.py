@@ -224,3 +224,35 @@ def test_a_malformed_file_is_respelt_unless_it_is_copied(tmp_path: Path) -> None
     assert {ref.name for ref in copied.tensors} == set(doubled)
     anew = formats.document(adapter, Layout("kohya"), form)
     assert {ref.name for ref in anew.tensors} == set(made.tensors)
+
+
+def clip_alone(tmp_path: Path) -> Path:
+    """A text encoder that many architectures have, in diffusers' names."""
+    made = make.kohya(tmp_path / "a.safetensors", "sd15", only=["te_"])
+    lt.save(lt.load(made.path, arch="sd15"), tmp_path / "b.safetensors", layout="diffusers")
+    return tmp_path / "b.safetensors"
+
+
+@pytest.mark.parametrize("layout", ["kohya", "onetrainer", "lycoris"])
+def test_a_text_encoder_of_several_architectures_is_not_guessed_at(layout: str, tmp_path: Path) -> None:
+    path = clip_alone(tmp_path)
+    assert lt.load(path).arch == "unknown"
+    with pytest.raises(LayoutError, match="unknown architecture") as caught:
+        spelt(lt.load(path), layout)
+    assert {"sd15", "sdxl", "flux"} <= set(caught.value.todo.rpartition(" ")[2].split("|"))
+    for arch, prefix in (("sd15", "lora_te_"), ("sdxl", "lora_te1_")):
+        written = stems(spelt(lt.load(path, arch=arch), layout))
+        assert written
+        assert all(stem.startswith(prefix) for stem in written)
+    # All of them have one name for it there.
+    assert spelt(lt.load(path), "diffusers").tensors
+
+
+@pytest.mark.parametrize("layout", ["kohya", "onetrainer", "lycoris"])
+def test_a_text_encoder_of_several_architectures_keeps_the_prefix_that_it_has(
+    layout: str, tmp_path: Path
+) -> None:
+    made = make.kohya(tmp_path / "a.safetensors", "sd15", only=["te_"])
+    adapter = lt.load(made.path)
+    assert adapter.arch == "unknown"
+    assert all(stem.startswith("lora_te_") for stem in stems(spelt(adapter, layout)))

@@ -312,7 +312,7 @@ def test_what_the_new_files_replace_goes_once_they_are_there(tmp_path, monkeypat
         fill(folder, w_bin="old", kept_bin="old")
     seen = []
     unlink = Path.unlink
-    monkeypatch.setattr(Path, "unlink", lambda path: (seen.append(tree(target)), unlink(path)))
+    monkeypatch.setattr(Path, "unlink", lambda path, **how: (seen.append(tree(target)), unlink(path, **how)))
     with atomic_folder(target, overwrite=True, replaced=("w.bin", "w.safetensors")) as folder:
         fill(folder, w_safetensors="new")
     assert seen == [{"w.bin": "old", "w.safetensors": "new", "kept.bin": "old"}]

@@ -141,7 +141,8 @@ def test_there_and_back(name: str) -> None:
         assert verify(here, there, read(there, name)).weights == len(
             {(target.component, target.path) for target in here.modules}
         )
-        assert {entry.fate for entry in there.ledger} <= {"moved", "split", "fused", "folded", "metadata"}
+        fates = {entry.fate for entry in there.ledger}
+        assert fates <= {"moved", "split", "fused", "folded", "metadata", "implied"}
         back = read(convert(read(there, name), form.name), name)
         folded = "none" in (form.alpha, other.alpha)
         where = f"{name}: {form.name} to {other.name} and back"

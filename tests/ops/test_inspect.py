@@ -214,6 +214,18 @@ def test_nan_factors_are_reported_as_such_and_not_hidden(tmp_path: Path) -> None
     assert any("NaN" in warning for warning in found.warnings)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("norms", [True, False])
+def test_an_alpha_that_is_not_finite_is_one_fault(value: float, norms: bool, tmp_path: Path) -> None:
+    made = make.kohya(tmp_path / "a.safetensors", "sdxl")
+    name = next(key for key in made.tensors if key.endswith(".alpha"))
+    made.tensors[name].fill_(value)
+    make.write_safetensors(made.path, made.tensors, None)
+    (said,) = lt.info(made.path, norms=norms).warnings
+    assert said.startswith("1 of 9 modules state an alpha")
+    assert name in said
+
+
 def warned(found: lt.Info, word: str) -> list[str]:
     return [warning for warning in found.warnings if word in warning]
 

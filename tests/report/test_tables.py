@@ -51,7 +51,7 @@ def test_a_narrower_line_than_one_character_still_ends():
     ("text", "width", "lines"),
     [
         ("out/style.safetensors (870.0 kB)", 26, ["out/style.safetensors", "(870.0 kB)"]),
-        ("722 renamed, 8 split from fused weights", 20, ["722 renamed,", "8 split from fused", "weights"]),
+        ("722 renamed, 8 split from fused weights", 19, ["722 renamed,", "8 split from fused", "weights"]),
         ("F16 ×722, F32 ×3", 10, ["F16 ×722,", "F32 ×3"]),
         ("2 tensors: a.long.key, another.key", 16, ["2 tensors:", "a.long.key,", "another.key"]),
         ("see blocks.0.attn2.to_out.0 here", 12, ["see", "blocks.0.", "attn2.", "to_out.0", "here"]),
