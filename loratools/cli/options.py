@@ -33,10 +33,18 @@ _OTHER_DTYPES = {
 _DEVICE = r"auto|cpu|mps|cuda(:\d+)?"
 
 
-def registered(package: str, constant: str, word: str) -> Callback:
+# What people call layouts after the programs that read them.
+_OTHER_LAYOUTS = {
+    "a1111": "kohya", "automatic1111": "kohya", "webui": "kohya", "forge": "kohya", "sd-scripts": "kohya",
+    "comfyui": "comfy", "hf": "diffusers", "huggingface": "peft", "musubi-tuner": "musubi",
+}  # fmt: skip
+
+
+def registered(package: str, constant: str, word: str, aliases: Mapping[str, str] | None = None) -> Callback:
     """A callback for the name of something that one file of a package defines: a layout, a method.
 
-    The package is imported when a name is given, never for --help.
+    The package is imported when a name is given, never for --help. ``aliases`` are other words that people use,
+    which are not taken but answered.
     """
 
     def checked(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -47,7 +55,8 @@ def registered(package: str, constant: str, word: str) -> Callback:
 
         known = scan(package, constant)
         if value not in known:
-            raise click.BadParameter(_unknown(word, value, {name: name for name in known}), ctx, param)
+            names = {**{name: name for name in known}, **(aliases or {})}
+            raise click.BadParameter(_unknown(word, value, names), ctx, param)
         return value
 
     return checked
@@ -196,7 +205,7 @@ _output: Decorator[Any] = click.option(
 _to: Decorator[Any] = click.option(
     "--to",
     "layout",
-    callback=registered("loratools.formats", "FORMAT", "layout"),
+    callback=registered("loratools.formats", "FORMAT", "layout", _OTHER_LAYOUTS),
     metavar="LAYOUT",
     help="The layout to write (kohya, diffusers, peft, …). Default: that of the first input.",
 )

@@ -45,13 +45,17 @@ def _as_read(fitted: Fitted, origins: Mapping[Target, Module]) -> tuple[Misfit, 
     return tuple(misfit._replace(keys=keys) for misfit in fitted.misfits)
 
 
-def apart(adapter: Adapter, form: Format, drop: Iterable[str]) -> tuple[Adapter, tuple[Misfit, ...]]:
+def apart(
+    adapter: Adapter, form: Format, layout: Layout, drop: Iterable[str]
+) -> tuple[Adapter, tuple[Misfit, ...]]:
     """An adapter without the components that are to be dropped, where a layout holds but one; and what was left out.
 
     Which component that is depends on what is left, and is not asked of each module.
     """
     chosen = set(drop) & set(adapter.components())
-    if not form.single or not chosen or len(chosen) == len(adapter.components()):
+    # A bare list has no names at all.
+    single = form.single or layout.container == "pickle"
+    if not single or not chosen or len(chosen) == len(adapter.components()):
         return adapter, ()
     kept = {target: module for target, module in adapter.modules.items() if target.component not in chosen}
     misfits = [

@@ -91,7 +91,7 @@ def convert(
     goal = files.layout_of(form, container)
     known = keys_of(base) if base is not None else None
     ready, origins, conversions = _as_kind(_against(adapter, known), as_kind, rank, known, dtype, device)
-    ready, components = _settle.apart(ready, form, drop)
+    ready, components = _settle.apart(ready, form, goal, drop)
     regrouped = _regroup.regroup(ready, form)
     store = files.STORE_DTYPES.get(dtype, "")
     mixed = _names.mixed(ready.modules.values()) if form.uniform else frozenset()

@@ -267,9 +267,7 @@ def test_peft_holds_one_component(tmp_path: Path) -> None:
 def test_a_text_encoder_that_peft_could_not_tell_from_another_is_refused(tmp_path: Path) -> None:
     """Both of Stable Diffusion XL's have the same names, which are read as the first one's."""
     made = make.kohya(tmp_path / "a.safetensors", "sdxl", alpha=4.0, only=["te2_"])
-    with pytest.raises(
-        LayoutError, match=r"text_encoder_2 of Stable Diffusion XL.*--drop text_encoder_2"
-    ) as caught:
+    with pytest.raises(LayoutError, match=r"text_encoder_2 of Stable Diffusion XL.*can hold them") as caught:
         lt.save(lt.load(made.path, arch="sdxl"), tmp_path / "b", layout="peft")
     assert set(caught.value.keys) == made.tensors.keys()
 
