@@ -60,6 +60,11 @@ class FileMap:
             return memoryview(bytearray(_PREAD(self._file.fileno(), stop - start, start)))
         return memoryview(self._map)[start:stop]
 
+    def __del__(self) -> None:
+        # Whoever lets go of a lazily read file has nothing left to close it by.
+        if file := getattr(self, "_file", None):
+            file.close()
+
     def close(self) -> None:
         """Release the map, at once where no view is out, else together with the last view.
 

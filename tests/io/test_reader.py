@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import mmap
 import os
@@ -13,6 +14,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import factories as make
 import numpy
 import pytest
 import safetensors.numpy
@@ -331,3 +333,14 @@ def test_real_files_open_or_are_refused_as_ours():
             refused.append(path.name)
     assert refused == ["gguf_qbias.pt"]
     assert len(paths) > 30
+
+
+def test_a_file_that_is_let_go_warns_of_nothing(tmp_path: Path) -> None:
+    """Adapters are lazy: who drops one has closed its file, and need not be told to."""
+    made = make.kohya(tmp_path / "a.safetensors")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opened = open_tensors(str(made.path))
+        del opened
+        gc.collect()
+    assert not [str(each.message) for each in caught if str(made.path) in str(each.message)]
