@@ -43,9 +43,27 @@ LIBRARIES_AT_TOP: dict[str, set[str]] = {
     "cli": {"click"},
 }
 # Operations that a header alone must suffice for.
-HEADER_OPS = {"inspect", "files", "results", "_metadata"}
+HEADER_OPS = {"inspect", "files", "results", "_metadata", "_outputs"}
 # Operations that copy bits, and compute only where something has to be computed.
-TORCH_FREE_OPS = {"convert", "_bits", "_fit", "_ledger", "_regroup", "_scale", "_weights_of"}
+TORCH_FREE_OPS = {
+    "convert",
+    "base_names",
+    "_base_match",
+    "_base_parts",
+    "_bits",
+    "_cut",
+    "_fit",
+    "_fuse",
+    "_ledger",
+    "_prove",
+    "_regroup",
+    "_remarks",
+    "_rows",
+    "_scale",
+    "_settle",
+    "_split",
+    "_weights_of",
+}
 
 
 def _modules() -> list[Path]:

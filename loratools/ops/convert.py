@@ -9,16 +9,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from loratools import archs, formats
+from loratools import formats
 from loratools.errors import LayoutError, OptionError
-from loratools.formats import Document, Format, _names, cloneofsimo
+from loratools.formats import Document, Format, _names
 from loratools.formats._scaling import refuse_nonfinite
 from loratools.io.base import Base, keys_of
-from loratools.model import Adapter, Layout, Module, Target
-from loratools.ops import _fit, _ledger, _prove, _regroup, _settle, files
+from loratools.model import Adapter, Module, Target
+from loratools.ops import _fit, _ledger, _prove, _regroup, _remarks, _settle, files
 from loratools.ops._prove import verify
 from loratools.ops.results import Conversion, ConvertReport, LedgerEntry, WrittenTensor
-from loratools.tensors import TensorRef
 
 if TYPE_CHECKING:
     from loratools.ops._probe import Probed
@@ -99,13 +98,13 @@ def convert(
         _fit.fit(step, ready, goal, form, fold=fold, dtype=store, mixed=mixed, matched=known is not None)
         for step in regrouped.steps
     ]
-    extras, strangers = _extras(adapter, goal, form)
+    extras, strangers = _remarks.extras(adapter, goal, form)
     misfits = _settle.misfits_of(fitted, origins)
     asked = drop or fold or store or as_kind or base
     if misfits and not asked and adapter.layout.name == goal.name and _is_spelt(adapter, fitted):
         return _as_it_is(adapter, form)
     modules = _modules(fitted, store)
-    dropped = [*components, *misfits, *strangers, *_untold(adapter, goal)]
+    dropped = [*components, *misfits, *strangers, *_remarks.untold(adapter, goal)]
     _settle.settle(dropped, drop, ready, goal, nothing=not modules)
     if not modules:
         raise LayoutError(
@@ -121,38 +120,8 @@ def convert(
         tuple(_prove.expected(fitted, provable, ready)),
         _prove.rounded(fitted, store, ready.arch, provable),
         tuple(conversions),
-        tuple(dict.fromkeys((*ready.notes, *regrouped.notes, *_remarks(kept, form, dropped, drop)))),
+        tuple(dict.fromkeys((*ready.notes, *regrouped.notes, *_remarks.remarks(kept, form, dropped, drop)))),
     )
-
-
-def _remarks(
-    kept: Adapter, form: Format, dropped: Sequence[_fit.Misfit], drop: Iterable[str]
-) -> Iterable[str]:
-    """What somebody who uses the output should know of it, in sentences."""
-    for name, modules in kept.components().items():
-        if form.unread(kept.arch, name):
-            yield (
-                f"{form.title} reads no LoRA for the {name} of {archs.get(kept.arch).title}: "
-                f"its {len(modules)} modules will have no effect there"
-            )
-    scales = {module.scale for module in kept.modules.values() if module.scale != 1.0}
-    if form.name == "diffusers" and scales:
-        shown = f"{min(scales):g}" if len(scales) == 1 else f"{min(scales):g} to {max(scales):g}"
-        yield (
-            f"scales ({shown}) are stated in the header alone, where diffusers reads them; for programs that do not, "
-            "--fold puts them into the factors"
-        )
-    for tag in sorted(set(drop) - {misfit.tag for misfit in dropped}):
-        yield f"--drop {tag}: there was nothing to drop, {form.title} holds all of that"
-
-
-def _untold(adapter: Adapter, goal: Layout) -> list[_fit.Misfit]:
-    """The metadata of an input whose output has no header."""
-    told = cloneofsimo.without_marks(adapter.metadata)
-    told.pop("format", None)
-    if goal.container != "pickle" or not told:
-        return []
-    return [_fit.Misfit("metadata", tuple(told), "a bare list has no header for metadata")]
 
 
 def _is_spelt(adapter: Adapter, fitted: Sequence[_fit.Fitted]) -> bool:
@@ -211,21 +180,6 @@ def _as_kind(
 
     store = files.STORE_DTYPES.get(dtype)
     return _as_kind.as_lora(adapter, rank=rank, base=base, dtype=store, device=device)
-
-
-def _extras(adapter: Adapter, goal: Layout, form: Format) -> tuple[dict[str, TensorRef], list[_fit.Misfit]]:
-    """The tensors of no module that the layout has a place for, and the others."""
-    kept: dict[str, TensorRef] = {}
-    strangers: list[_fit.Misfit] = []
-    own = adapter.layout.name == goal.name
-    for key, ref in adapter.extras.items():
-        if own or form.adopt(ref, adapter) is not None:
-            kept[key] = ref
-        else:
-            strangers.append(
-                _fit.Misfit("extras", (key,), "it has no place for tensors that belong to no module")
-            )
-    return kept, strangers
 
 
 def _modules(fitted: Sequence[_fit.Fitted], store: str) -> dict[Target, Module]:

@@ -10,17 +10,19 @@ from typing import Any, Literal
 
 from loratools import formats, io
 from loratools.errors import (
-    LayoutError,
     MalformedFileError,
     MissingFileError,
     OptionError,
-    OutputExistsError,
-    WriteError,
 )
 from loratools.formats._read import refuse_other_types
-from loratools.model import Adapter, Layout
+from loratools.model import Adapter
 from loratools.ops._cast import cast as cast
 from loratools.ops._cast import cast_module as cast_module
+from loratools.ops._outputs import SUFFIXES as SUFFIXES
+from loratools.ops._outputs import PathLike as PathLike
+from loratools.ops._outputs import check_name as check_name
+from loratools.ops._outputs import check_output as check_output
+from loratools.ops._outputs import layout_of as layout_of
 from loratools.tensors import TensorRef
 
 CONFIG = "adapter_config.json"
@@ -38,12 +40,6 @@ _WEIGHTS = (
 )
 # PEFT's file of weights, by either name; of two, programs disagree which counts.
 _PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-SUFFIXES = (".safetensors", *PICKLES, ".npz", ".gguf")
-
-_SEPARATORS = tuple(filter(None, (os.sep, os.altsep)))
-
-PathLike = str | os.PathLike[str]
 
 
 def weights_of(folder: str) -> str | None:
@@ -283,66 +279,3 @@ def without_extras(config: Mapping[str, Any]) -> dict[str, Any]:
     """A PEFT configuration that announces no tensors beside the factors."""
     announced = {"modules_to_save": None, "trainable_token_indices": None, "bias": "none"}
     return {key: announced.get(key, value) for key, value in config.items()}
-
-
-def layout_of(form: formats.Format, container: str) -> Layout:
-    """A layout as it is written anew, in its usual generation."""
-    variant = form.pickled if container == "pickle" else "peft-keys" if form.name == "diffusers" else ""
-    return Layout(form.name, variant, container)
-
-
-def check_output(path: PathLike, *, overwrite: bool) -> None:
-    """Refuse an output that could not be written, before any work is done for it.
-
-    Raises:
-        OutputExistsError: It is there, and ``overwrite`` is false.
-        WriteError: Its folder does not exist.
-    """
-    target = os.fspath(path)
-    if os.path.isdir(target):
-        if os.listdir(target) and not overwrite:
-            raise OutputExistsError(
-                "the output is a folder and holds files",
-                path=target,
-                todo="Give a file's name, or where the layout is a folder, --overwrite to replace files in it",
-            )
-    elif os.path.exists(target) and not overwrite:
-        raise OutputExistsError(
-            "the output exists already", path=target, todo="Pass --overwrite to replace it"
-        )
-    folder = os.path.dirname(os.path.realpath(target))
-    if not os.path.isdir(folder):
-        raise WriteError(
-            f"the folder {folder} does not exist", path=target, todo="Create it, or choose another name"
-        )
-
-
-def check_name(path: PathLike, layout: str) -> str:
-    """The container that an output's name means; a name that does not go with a layout is refused.
-
-    Raises:
-        OptionError: A file's name where the layout is a folder, or the other way round.
-        LayoutError: The name of another container than safetensors.
-    """
-    target, form = os.fspath(path), formats.get(layout)
-    suffix = os.path.splitext(target)[1].lower()
-    if form.folder and suffix in SUFFIXES:
-        raise OptionError(
-            f"the {form.title} layout is a folder", path=target, todo="Give a folder's name, or another --to"
-        )
-    if not form.folder and (os.path.isdir(target) or target.endswith(_SEPARATORS)):
-        raise OptionError(
-            "the output is a folder" if os.path.isdir(target) else "the output has a folder's name",
-            path=target,
-            expected=f"A file's name was expected: the {form.title} layout is a file",
-            todo="Give a name that ends in .safetensors, or another --to",
-        )
-    if suffix in PICKLES and form.pickled:
-        return "pickle"
-    if suffix in SUFFIXES and suffix != ".safetensors":
-        raise LayoutError(
-            f"a {suffix} file is not written in the {form.title} layout",
-            path=target,
-            todo="Give a name that ends in .safetensors",
-        )
-    return "safetensors"
