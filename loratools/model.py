@@ -149,6 +149,7 @@ class Adapter:
         notes: What a reader should know (a stale alpha, a guessed prefix), in sentences.
         type: "adapter", or what the file is instead.
         order: The file's keys in their order, so that the same file can be written again.
+        candidates: The architectures that nothing tells apart, where the architecture is unknown for that.
     """
 
     modules: Mapping[Target, Module]
@@ -161,6 +162,7 @@ class Adapter:
     notes: tuple[str, ...] = ()
     type: str = "adapter"
     order: tuple[str, ...] = ()
+    candidates: tuple[str, ...] = ()
 
     @property
     def kinds(self) -> dict[str, int]:

@@ -48,6 +48,7 @@ class Facts:
         sequence: Whether a pickle held a bare list of tensors.
         path: The file, for messages.
         arch: The detected architecture's name, or "unknown".
+        candidates: The architectures that nothing tells apart, where it is unknown for that.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Facts:
         self.sequence = sequence
         self.path = path
         self.arch = "unknown"
+        self.candidates: tuple[str, ...] = ()
 
     @cached_property
     def styles(self) -> dict[str, int]:

@@ -175,6 +175,7 @@ class _Reader:
             "ia3" if {module.kind for module in modules.values()} == {"ia3"} else "adapter",
             # Parts of one tensor have no keys of their own: the layout names them anew.
             () if grouped else facts.keys,
+            facts.candidates,
         )
 
     def _say(self, modules: Mapping[Target, Module], grouped: bool) -> None:

@@ -41,6 +41,7 @@ def resolve(
     base = str(facts.config.get("base_model_name_or_path") or facts.config.get("model") or "")
     detected = archs.detect(names, facts.metadata, base)
     facts.arch = detected.arch
+    facts.candidates = detected.candidates if detected.arch == "unknown" else ()
     return detected.resolved, detected.notes
 
 

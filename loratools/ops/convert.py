@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loratools import formats
-from loratools.errors import LayoutError, OptionError
+from loratools.errors import LayoutError, LoraError, OptionError
 from loratools.formats import Document, Format, _names
 from loratools.formats._scaling import refuse_nonfinite
 from loratools.io.base import Base, keys_of
@@ -223,7 +223,7 @@ def convert_file(
     adapter = files.load(path, arch=arch, embedded=True)
     to = writable(to or adapter.layout.name).name
     container = files.check_name(output, to)
-    converted = convert(adapter, to, container=container, **options)
+    adapter, converted = _untied(adapter, path, to, {**options, "container": container})
     found: list[Probed] = []
 
     def prove(written: str) -> None:
@@ -249,6 +249,38 @@ def convert_file(
             check=prove,
         )
     return _report(adapter, converted, os.fspath(output), to, size, found[0] if found else None)
+
+
+def _untied(
+    adapter: Adapter, path: files.PathLike, to: str, options: Mapping[str, Any]
+) -> tuple[Adapter, Converted]:
+    """A conversion; of a file of one of several architectures, as any of them if the result is the same for all.
+
+    Where a base is given, those that it is of are enough.
+
+    Raises:
+        LoraError: It cannot be converted, or the architecture has to be known for it.
+    """
+    try:
+        return adapter, convert(adapter, to, **options)
+    except LoraError as error:
+        if not adapter.candidates:
+            raise
+        refused = error
+    found: list[tuple[Adapter, Converted]] = []
+    for name in adapter.candidates:
+        one = files.load(path, arch=name, embedded=True)
+        try:
+            found.append((one, convert(one, to, **options)))
+        except LoraError:
+            if options.get("base") is None:
+                raise refused from None
+    spelt = {tuple(ref.name for ref in each.document.tensors) for _, each in found}
+    if len(spelt) != 1:
+        raise refused
+    one, converted = found[0]
+    note = f"the names fit {' and '.join(adapter.candidates)} alike, and so do those that were written"
+    return one, converted._replace(notes=(*converted.notes, note))
 
 
 def _refuse_base(base: files.PathLike | None, output: files.PathLike) -> None:

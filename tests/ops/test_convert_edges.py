@@ -240,3 +240,36 @@ def test_a_scale_in_the_header_alone_is_said(tmp_path: Path) -> None:
     assert any("--fold" in note for note in report.notes)
     folded = lt.convert(made.path, tmp_path / "y.safetensors", to="diffusers", fold=True)
     assert not any("--fold" in note for note in folded.notes)
+
+
+ATTN1 = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_"
+
+
+def attention_alone(path: Path) -> Path:
+    """A file of weights that Stable Diffusion 1.x and 2.x have under one name and at one width."""
+    factors = {"down": (2, 320), "up": (320, 2)}
+    return write(
+        path, {f"{ATTN1}{p}.lora_{f}.weight": rand(*shape) for p in "qkv" for f, shape in factors.items()}
+    )
+
+
+def test_a_file_of_either_of_two_architectures_is_converted_where_both_spell_it_alike(tmp_path: Path) -> None:
+    source = attention_alone(tmp_path / "a.safetensors")
+    assert lt.load(source).candidates == ("sd15", "sd2")
+    report = lt.convert(source, tmp_path / "x.safetensors", to="diffusers")
+    assert any("sd15 and sd2 alike" in note for note in report.notes)
+    assert all(
+        key.startswith("unet.down_blocks.0.attentions.0") for key in tensors(tmp_path / "x.safetensors")
+    )
+
+
+def test_the_base_tells_two_architectures_apart(tmp_path: Path) -> None:
+    source = attention_alone(tmp_path / "a.safetensors")
+    stem = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_"
+    names = {f"{stem}{part}.weight": rand(320, 320) for part in "qkv"}
+    base = write(tmp_path / "base.safetensors", names)
+    report = lt.convert(source, tmp_path / "x.safetensors", to="comfy", base=base)
+    assert report.modules == (3, 3)
+    assert all(
+        key.startswith("diffusion_model.input_blocks.1.1") for key in tensors(tmp_path / "x.safetensors")
+    )
