@@ -431,7 +431,9 @@ def test_debug_shows_the_traceback(flux, out):
 def test_an_interrupt_leaves_no_output(flux, out):
     # The process interrupts itself between writing and checking, so that the moment is the same on every machine.
     code = (
-        "import os, signal\nfrom loratools.ops import files\nfrom loratools.cli import main\n"
+        # A run in the background may have been told to ignore interrupts.
+        "import os, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from loratools.ops import files\nfrom loratools.cli import main\n"
         "write, check = files.write, lambda _: os.kill(os.getpid(), signal.SIGINT)\n"
         "files.write = lambda *a, **k: write(*a, **{**k, 'check': check})\nmain()"
     )

@@ -98,7 +98,9 @@ def test_an_interrupt_that_an_import_would_swallow_still_counts(flux, out, tmp_p
     module.parent.mkdir()
     module.write_text(SWALLOWING)
     code = (
-        "import time\nfrom loratools.ops import files\nfrom loratools.cli import main\nwrite = files.write\n"
+        # A run in the background may have been told to ignore interrupts.
+        "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from loratools.ops import files\nfrom loratools.cli import main\nwrite = files.write\n"
         "def late(*a, **k):\n    import swallowing\n    time.sleep(20)\n    return write(*a, **k)\n"
         "files.write = late\nmain()"
     )
