@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -77,7 +76,7 @@ def _droppable(ctx: click.Context, param: click.Parameter, value: tuple[str, ...
 @options.arch
 @options.common
 def command(
-    path: Path,
+    path: str,
     layout: str | None,
     as_json: bool,
     quiet: bool,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -113,7 +112,7 @@ def _option_help(option: Option) -> str:
 @options.arch
 @options.common
 def command(
-    paths: Sequence[Path],
+    paths: Sequence[str],
     weights: tuple[float, ...] | None,
     method: str,
     rank: int | None,

@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -18,7 +17,7 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 Decorator = Callable[[Decorated], Decorated]
 Callback = Callable[[click.Context, click.Parameter, Any], Any]
 
-PATH = click.Path(path_type=Path, readable=False)
+PATH = click.Path(readable=False)
 """An input. Whether it is there and can be read, the reader says, as it does of all else that is wrong with it."""
 
 # Every library that may hold a thread pool reads one of these when it is imported.
