@@ -7,6 +7,7 @@ Data only: one file per architecture, holding an ``ARCH``; adding one is adding 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 from loratools.archs._arch import Arch, Resolved, Width
 from loratools.archs._catalog import CATALOG
@@ -22,6 +23,7 @@ __all__ = [
     "Table",
     "Width",
     "all_archs",
+    "component",
     "detect",
     "get",
 ]
@@ -30,6 +32,13 @@ __all__ = [
 def all_archs() -> Mapping[str, Arch]:
     """Every architecture by name; each is imported when it is looked up."""
     return CATALOG
+
+
+@cache
+def component(arch: str, name: str) -> Component | None:
+    """A component of an architecture, both by name; None where it has none, or nobody described it."""
+    known = all_archs().get(arch)
+    return next((row for row in known.components if row.name == name), None) if known is not None else None
 
 
 def get(name: str) -> Arch:

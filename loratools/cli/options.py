@@ -32,17 +32,19 @@ _OTHER_DTYPES = {
 _DEVICE = r"auto|cpu|mps|cuda(:\d+)?"
 
 
-# What people call layouts after the programs that read them.
-_OTHER_LAYOUTS = {
-    "a1111": "kohya", "automatic1111": "kohya", "webui": "kohya", "forge": "kohya", "sd-scripts": "kohya",
-    "comfyui": "comfy", "hf": "diffusers", "huggingface": "peft", "musubi-tuner": "musubi",
-}  # fmt: skip
+def _other_layouts() -> Mapping[str, str]:
+    """What people call layouts after the programs that read them."""
+    from loratools.formats import CALLED
+
+    return {word: names[0] for word, names in CALLED.items()}
 
 
-def registered(package: str, constant: str, word: str, aliases: Mapping[str, str] | None = None) -> Callback:
+def registered(
+    package: str, constant: str, word: str, aliases: Callable[[], Mapping[str, str]] = dict
+) -> Callback:
     """A callback for the name of something that one file of a package defines: a layout, a method.
 
-    The package is imported when a name is given, never for --help. ``aliases`` are other words that people use,
+    The package is imported when a name is given, never for --help. ``aliases`` gives other words that people use,
     which are not taken but answered.
     """
 
@@ -54,7 +56,7 @@ def registered(package: str, constant: str, word: str, aliases: Mapping[str, str
 
         known = scan(package, constant)
         if value not in known:
-            names = {**{name: name for name in known}, **(aliases or {})}
+            names = {**{name: name for name in known}, **aliases()}
             raise click.BadParameter(_unknown(word, value, names), ctx, param)
         return value
 
@@ -204,7 +206,7 @@ _output: Decorator[Any] = click.option(
 _to: Decorator[Any] = click.option(
     "--to",
     "layout",
-    callback=registered("loratools.formats", "FORMAT", "layout", _OTHER_LAYOUTS),
+    callback=registered("loratools.formats", "FORMAT", "layout", _other_layouts),
     metavar="LAYOUT",
     help="The layout to write (kohya, diffusers, peft, …). Default: that of the first input.",
 )

@@ -18,7 +18,7 @@ __all__ = ["Document", "Format", "document", "get", "read", "writable"]
 
 
 # What people call a layout after the programs that read it. They are offered, not taken: several may be meant.
-_CALLED: Mapping[str, Sequence[str]] = {
+CALLED: Mapping[str, Sequence[str]] = {
     **dict.fromkeys(
         ("a1111", "automatic1111", "webui", "forge", "sd-scripts", "kohya-ss", "kohya_ss"), ("kohya",)
     ),
@@ -39,7 +39,7 @@ def get(name: str) -> Format:
     known: Mapping[str, Any] = scan("loratools.formats", "FORMAT")
     if name not in known:
         word = name.lower()
-        near = _CALLED.get(word) or difflib.get_close_matches(word, known)
+        near = CALLED.get(word) or difflib.get_close_matches(word, known)
         written = writable()
         read_only = ", ".join(each for each in known if each not in written)
         raise LayoutError(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import cache
 from typing import NamedTuple
 
 from loratools import archs
+from loratools.archs import component as component
 from loratools.formats._base import cannot_hold
 from loratools.model import EMPTY, Adapter, Layout, Module, Target
 from loratools.tensors import TensorRef
@@ -119,13 +119,6 @@ class Naming(NamedTuple):
         row = component(adapter.arch, module.target.component)
         dialect = row.dialect(self.layout, self.dialect) if row is not None else self.dialect
         return body(adapter.arch, module.target, dialect, self.separator, layout)
-
-
-@cache
-def component(arch: str, name: str) -> archs.Component | None:
-    """The component's row in the architecture's table, or None where it has none."""
-    table = archs.all_archs().get(arch)
-    return next((row for row in table.components if row.name == name), None) if table is not None else None
 
 
 def main_component(adapter: Adapter) -> str:

@@ -41,8 +41,7 @@ def weights_of(arch: str, component: str, base: Base) -> dict[str, Weight]:
 
 def _networks(arch: str, component: str, base: Base) -> list[Mapping[str, Weight]]:
     """The networks of a base that may be a component, keys without the prefix that marks it."""
-    known = archs.all_archs().get(arch)
-    row = next((each for each in known.components if each.name == component), None) if known else None
+    row = archs.component(arch, component)
     told: Mapping[str, tuple[str, ...]] = row.prefixes if row is not None else {}
     if "" not in base.parts:
         usual = (prefix for prefix, name in formats.get("diffusers").prefixes if name == component)

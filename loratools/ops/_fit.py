@@ -140,8 +140,7 @@ def _has_lost_dots(module: Module, adapter: Adapter, form: Format) -> bool:
 
 
 def _owner(module: Module, adapter: Adapter) -> archs.Component | None:
-    components = archs.get(adapter.arch).components
-    return next((each for each in components if each.name == module.target.component), None)
+    return archs.component(adapter.arch, module.target.component)
 
 
 def _nothing(step: Step, tag: str, reason: str, todo: str = "") -> Fitted:

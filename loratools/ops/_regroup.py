@@ -79,11 +79,10 @@ def regroup(adapter: Adapter, form: Format) -> Regrouped:
 
 def grain(arch: str, component: str, path: str, form: Format) -> tuple[Rows | None, ...]:
     """The pieces in which a layout spells a weight; empty where no table says."""
-    table = archs.get(arch)
-    owner = next((row for row in table.components if row.name == component), None)
+    owner = archs.component(arch, component)
     if owner is None or owner.table is None:
         return form.split(path)
-    return table.pieces(component, path, owner.dialect(form.name, form.dialect))
+    return owner.table.pieces(path, owner.dialect(form.name, form.dialect))
 
 
 def _refuse_overlap(members: Sequence[Module], path: str) -> None:

@@ -11,8 +11,7 @@ Key = tuple[str, str]
 
 def weight_of(module: Module, arch: str) -> Key:
     """What tells a module's base weight from others, however a layout spells it."""
-    table = archs.get(arch)
-    owner = next((each for each in table.components if each.name == module.target.component), None)
+    owner = archs.component(arch, module.target.component)
     if owner is not None and owner.table is not None:
         return module.target.component, module.target.path
     # Where paths are their own names, flattened layouts have lost the dots, and dotted ones the component.

@@ -81,13 +81,16 @@ def _units(rows: Rows, of: int) -> list[int]:
     return [unit for start, stop in rows.spans for unit in range(start * factor, stop * factor)]
 
 
-def align(adapters: Sequence[Adapter], arch: str, dialect: str) -> dict[Target, list[Contribution]]:
+def align(
+    adapters: Sequence[Adapter], arch: str, dialect: str, layout: str = ""
+) -> dict[Target, list[Contribution]]:
     """Every target of the result, with what each input brings to it, in order of first appearance.
 
     Args:
         adapters: The inputs.
         arch: Their common architecture, or "unknown".
         dialect: Whose grain the result has: "native" or "diffusers" names of the architecture, or "kohya".
+        layout: The result's, for components that it spells in another dialect than its usual one.
 
     Raises:
         ShapeError: Two inputs disagree on a weight's shape.
@@ -100,7 +103,7 @@ def align(adapters: Sequence[Adapter], arch: str, dialect: str) -> dict[Target, 
     _refuse_two_spellings(by_path)
     found: dict[Target, list[Contribution]] = {}
     for (component, path), members in by_path.items():
-        pieces = _pieces(members, component, path, arch, dialect)
+        pieces = _pieces(members, component, path, arch, dialect=dialect, layout=layout)
         for rows in pieces:
             target = Target(component, path, rows)
             touching = [(source, module) for source, module in members if _overlap(module.target.rows, rows)]
@@ -132,15 +135,13 @@ def _refuse_two_spellings(by_path: Mapping[tuple[str, str], object]) -> None:
 
 
 def _pieces(
-    members: Sequence[tuple[int, Module]], component: str, path: str, arch: str, dialect: str
+    members: Sequence[tuple[int, Module]], component: str, path: str, arch: str, *, dialect: str, layout: str
 ) -> list[Rows | None]:
     present = list(dict.fromkeys(module.target.rows for _, module in members))
-    table = archs.get(arch)
-    owner = next((row for row in table.components if row.name == component), None)
+    owner = archs.component(arch, component)
     if owner is None or owner.table is None:
         return present
-    wanted = list(table.pieces(component, path, owner.kohya_dialect if dialect == "kohya" else dialect))
-    return wanted or present
+    return list(owner.table.pieces(path, owner.dialect(layout, dialect))) or present
 
 
 def _overlap(have: Rows | None, want: Rows | None) -> bool:

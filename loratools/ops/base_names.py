@@ -97,7 +97,7 @@ def _renamed(adapter: Adapter, paths: Mapping[str, Mapping[str, str]], notes: tu
 def _component(adapter: Adapter, name: str, modules: Sequence[Module], part: Modules, base: Base) -> _Found:
     """One component's modules: by the table those that it explains, the others by their names' likeness."""
     arch = archs.all_archs().get(adapter.arch)
-    row = next((each for each in arch.components if each.name == name), None) if arch is not None else None
+    row = archs.component(adapter.arch, name)
     tabled: list[Module] = []
     others: list[Module] = []
     for module in modules:

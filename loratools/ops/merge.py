@@ -81,7 +81,8 @@ def merge(
     # A weight of 0 is absence: of modules, and of what lies beside them.
     present = [each for each, weight in zip(asked.adapters, asked.weights, strict=True) if weight != 0.0]
     extras, dropped = _merged.extras(present, asked.layout.name, drop)
-    targets = align.align(asked.adapters, asked.arch, formats.get(asked.layout.name).dialect)
+    form = formats.get(asked.layout.name)
+    targets = align.align(asked.adapters, asked.arch, form.dialect, form.name)
     with _merged.Inputs(asked.adapters, asked.weights) as inputs:
         results = _run(asked, targets, threads, progress)
         described = inputs.described()

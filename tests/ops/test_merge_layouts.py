@@ -333,3 +333,14 @@ def test_two_adapters_of_one_speech_model_are_of_one_architecture(tmp_path: Path
     assert merged.arch == "speech"
     assert {target.component for target in merged.modules} == {"speech_model"}
     assert len(merged.modules) == 2
+
+
+@pytest.mark.parametrize("layout", ["comfy", "onetrainer", "lycoris"])
+def test_components_that_a_layout_spells_in_a_dialect_of_its_own_are_merged_into_it(
+    layout: str, tmp_path: Path
+) -> None:
+    """ComfyUI has the parts of OpenCLIP's in_proj, though it has the checkpoint's names of the UNet."""
+    made = make.kohya(tmp_path / "a.safetensors", "sdxl")
+    adapter = lt.load(made.path)
+    lt.save(lt.merge([adapter, adapter], weights=[0.5, 0.5], layout=layout), tmp_path / "m.safetensors")
+    make.assert_close(make.whole(lt.load(tmp_path / "m.safetensors")), make.whole(adapter))
