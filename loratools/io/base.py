@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from loratools.errors import MalformedFileError, MissingFileError, ReadError
 from loratools.io.reader import open_tensors
+from loratools.tensors import nbytes
 
 INDEX = ".index.json"
 _PIPELINE = "model_index.json"
@@ -32,12 +33,42 @@ class Weight(NamedTuple):
         shape: As stored.
         dtype: The safetensors name of its store dtype.
         file: Where it lies.
+        start: Where its bytes begin in the file, contiguous and little-endian; None where they do not lie so (views,
+            compressed archives), and the tensor has to be loaded through :func:`loratools.io.open_tensors`.
     """
 
     key: str
     shape: tuple[int, ...]
     dtype: str
     file: str
+    start: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes as stored."""
+        return nbytes(self.shape, self.dtype)
+
+
+class Shard(NamedTuple):
+    """One file of tensors.
+
+    Attributes:
+        path: Where it lies.
+        name: Its path relative to the model's folder; of a single file its own name.
+        part: The subfolder of a diffusers model that it belongs to, or empty.
+        container: "safetensors" or "pickle".
+        size: Of the file, in bytes.
+        metadata: The string metadata of a safetensors file.
+        keys: Its tensors, in the file's order.
+    """
+
+    path: str
+    name: str
+    part: str
+    container: str
+    size: int
+    metadata: Mapping[str, str]
+    keys: tuple[str, ...]
 
 
 class Base(NamedTuple):
@@ -46,10 +77,20 @@ class Base(NamedTuple):
     Attributes:
         path: As it was given.
         parts: The tensors by key; in a diffusers folder one mapping for each subfolder, else all under "".
+        folder: The folder that is the model; empty where it is a single file.
+        shards: The files of tensors.
+        indices: By part, the path of its index relative to the folder.
+        configs: By part, the content of its config.json.
+        beside: All other files of the folder, relative to it: configurations, tokenizers, other variants' weights.
     """
 
     path: str
     parts: Mapping[str, Mapping[str, Weight]]
+    folder: str = ""
+    shards: tuple[Shard, ...] = ()
+    indices: Mapping[str, str] = {}
+    configs: Mapping[str, Mapping[str, Any]] = {}
+    beside: tuple[str, ...] = ()
 
 
 def keys_of(path: str | os.PathLike[str]) -> Base:
