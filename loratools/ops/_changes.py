@@ -46,7 +46,7 @@ class Term(NamedTuple):
         pieces: All stored tensors that the module changes, in any order, where its ΔW depends on the base.
         inside: Whether the strength multiplies ΔW inside DoRA's norm (PEFT), instead of the whole change.
         tensor: For "replace" and "rows": the new values.
-        index: For "rows": which rows they are.
+        places: For "rows": which rows they are.
     """
 
     adapter: int
@@ -58,7 +58,7 @@ class Term(NamedTuple):
     pieces: tuple[Piece, ...] = ()
     inside: bool = False
     tensor: TensorRef | None = None
-    index: tuple[int, ...] = ()
+    places: tuple[int, ...] = ()
 
 
 class Change(NamedTuple):
