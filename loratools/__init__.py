@@ -5,7 +5,7 @@ Importing it does not import torch; an operation imports what it needs when it i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loratools.errors import LoraError
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from os import PathLike
 
+    from loratools.ops.checkpoint_results import BakeReport, VerifyReport
     from loratools.ops.results import ConvertReport, Info
 
     Multipliers = Mapping[str, float] | Sequence[float]
@@ -29,11 +30,14 @@ __all__ = [
     "Rows",
     "Target",
     "__version__",
+    "bake",
     "convert",
+    "extract",
     "info",
     "load",
     "merge",
     "save",
+    "verify",
 ]
 
 
@@ -199,6 +203,153 @@ def merge(
         **options,
     )
     return merged
+
+
+def bake(
+    base: str | PathLike[str],
+    adapters: Sequence[Adapter | str | PathLike[str]],
+    output: str | PathLike[str],
+    *,
+    weights: Sequence[float] | None = None,
+    components: Collection[str] | None = None,
+    precise: bool = False,
+    rounding: str = "nearest",
+    seed: int = 0,
+    resume: bool = False,
+    skip_missing: bool = False,
+    arch: str | None = None,
+    dtype: str = "keep",
+    device: str = "auto",
+    threads: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> BakeReport:
+    """Write a base checkpoint with adapters in it: W + Σ weight · ΔW, one tensor at a time.
+
+    Args:
+        base: The checkpoint: a file, a sharded model's folder, or a diffusers folder.
+        adapters: From ``load``, or paths.
+        output: A file where the base is one, else a folder; same container, sharding and dtypes as the base.
+        weights: What each ΔW is multiplied by; default 1 each.
+        components: Only these ("denoiser", "text_encoder", …); default: all.
+        precise: Compute in float64 instead of float32.
+        rounding: To the store dtype: "nearest", "stochastic", or "compensated".
+        seed: Of stochastic rounding.
+        resume: Go on where an interrupted bake of several files stopped.
+        skip_missing: Leave out modules that the base has no weight for.
+        arch: The architecture, overriding detection.
+        dtype: The store dtype: "float32", "float16", "bfloat16", or "keep".
+        device: Where to compute: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        threads: How many tensors are worked on side by side, a count; default: one per processor.
+        overwrite: Whether an existing output may be replaced.
+        dry_run: Plan and estimate; write nothing.
+
+    Returns:
+        What changed, and how much of each ΔW survived the store dtype.
+
+    Raises:
+        LoraError: It cannot be baked; nothing is left behind.
+    """
+    from loratools.ops.bake import bake as run
+
+    return run(
+        base,
+        adapters,
+        output,
+        weights=weights,
+        components=components,
+        precise=precise,
+        rounding=rounding,
+        seed=seed,
+        resume=resume,
+        skip_missing=skip_missing,
+        arch=arch,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
+
+
+def extract(
+    base: str | PathLike[str],
+    tuned: str | PathLike[str],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    ratio: float | None = None,
+    error: float | None = None,
+    size: int | str | None = None,
+    **options: Any,
+) -> Adapter:
+    """A LoRA from the difference of two checkpoints; one weight of each is in memory at a time.
+
+    Args:
+        base: The checkpoint that was tuned.
+        tuned: The result; its container, sharding and names may differ from the base's.
+        rank: Of every module, a count. Without a rule: 32.
+        energy: Or the smallest rank that keeps this fraction of Σσ² of each module, in (0, 1].
+        ratio: Or all singular values above this fraction of the largest.
+        error: Or the smallest rank with this relative error of each ΔW.
+        size: Or the best adapter of this many bytes ("20MB").
+        options: ``max_rank``, ``min_rank``, ``conv_rank``, ``components``, ``include``, ``exclude``, ``svd``,
+            ``tolerance``, ``seed``, ``embeddings``, ``full_small``, ``to``, ``dtype``, ``arch``, ``device``,
+            ``threads``; see :func:`loratools.ops.extract.extract`.
+
+    Returns:
+        The adapter; ``save`` writes it.
+
+    Raises:
+        LoraError: The checkpoints are not of one architecture, or damaged.
+    """
+    from loratools.ops.extract import extract as run
+
+    if rank is energy is ratio is error is size is None:
+        rank = 32
+    found, _ = run(base, tuned, rank=rank, energy=energy, ratio=ratio, error=error, size=size, **options)
+    assert found is not None
+    return found
+
+
+def verify(
+    base: str | PathLike[str],
+    adapters: Sequence[Adapter | str | PathLike[str]],
+    baked: str | PathLike[str],
+    *,
+    weights: Sequence[float] | None = None,
+    components: Collection[str] | None = None,
+    skip_missing: bool = False,
+    arch: str | None = None,
+    threads: int | None = None,
+) -> VerifyReport:
+    """Whether a bake happened, and what of it survived the store dtype; ``.ok`` says it in a word.
+
+    Args:
+        base: The checkpoint that was baked into.
+        adapters: From ``load``, or paths.
+        baked: What should be the result.
+        weights: What each ΔW was multiplied by; default 1 each.
+        components: Those that were baked; default: all.
+        skip_missing: Whether modules that the base has no weight for were left out.
+        arch: The architecture, overriding detection.
+        threads: How many tensors are worked on side by side, a count; default: one per processor.
+
+    Raises:
+        LoraError: A file cannot be read, or the adapters do not fit the base.
+    """
+    from loratools.ops.verify import verify as run
+
+    return run(
+        base,
+        adapters,
+        baked,
+        weights=weights,
+        components=components,
+        skip_missing=skip_missing,
+        arch=arch,
+        threads=threads,
+    )
 
 
 def info(path: str | PathLike[str], *, norms: bool = True, arch: str | None = None) -> Info:

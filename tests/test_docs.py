@@ -54,8 +54,8 @@ def test_the_tables_are_of_all_layouts_that_are_written() -> None:
 
 
 def test_the_tables_are_of_all_kinds_that_a_layout_can_be_asked_to_hold() -> None:
-    # Whatever ΔW is known of; the others are only named.
-    known = {name for name, kind in scan("loratools.kinds", "KIND").items() if kind.dense is not None}
+    # Whatever can be compared by probes; the others are only named, or baked.
+    known = {name for name, kind in scan("loratools.kinds", "KIND").items() if kind.apply is not None}
     assert {samples.sample(name).module.kind for name in render_tables.KINDS.values()} == known
 
 

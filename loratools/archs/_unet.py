@@ -24,7 +24,7 @@ PREFIXES = {
 # A native block, and diffusers' level, part of the level and place in that part.
 _Block: TypeAlias = "tuple[str, str, str, int]"
 
-_RESNETS = 2  # in each level on the way down
+_RESNETS = 2  # in each level on the way down, in every model but distilled and tiny ones
 _MIDDLE: tuple[_Block, ...] = (
     ("middle_block.0", "mid_block", "resnets", 0),
     ("middle_block.1", "mid_block", "attentions", 0),
@@ -67,15 +67,22 @@ _TRANSFORMER = (
 )
 
 
-def unet(attention: tuple[bool, ...], *, transformer: str = HOLE, size_embedding: bool = False) -> Table:
+def unet(
+    attention: tuple[bool, ...],
+    *,
+    transformer: str = HOLE,
+    size_embedding: bool = False,
+    resnets: int = _RESNETS,
+) -> Table:
     """The table of a UNet.
 
     Args:
         attention: Which levels have attention, from the finest to the coarsest.
         transformer: The numbers of an attention's transformer blocks: any, or "0" where there is only one.
         size_embedding: Whether the sizes are embedded with the time.
+        resnets: How many there are in each level on the way down; one more on the way up.
     """
-    blocks = [*_way_down(attention), *_MIDDLE, *_way_up(attention)]
+    blocks = [*_way_down(attention, resnets), *_MIDDLE, *_way_up(attention, resnets)]
     inside = (
         "norm",
         "proj_in",
@@ -101,11 +108,11 @@ def unet(attention: tuple[bool, ...], *, transformer: str = HOLE, size_embedding
     )
 
 
-def _way_down(attention: tuple[bool, ...]) -> Iterator[_Block]:
+def _way_down(attention: tuple[bool, ...], resnets: int) -> Iterator[_Block]:
     """Each level: its resnets, with an attention after each or none, and a sampler but for the last level."""
     number = 1  # the first input block is conv_in
     for level, attends in enumerate(attention):
-        for place in range(_RESNETS):
+        for place in range(resnets):
             yield f"input_blocks.{number}.0", f"down_blocks.{level}", "resnets", place
             if attends:
                 yield f"input_blocks.{number}.1", f"down_blocks.{level}", "attentions", place
@@ -115,11 +122,11 @@ def _way_down(attention: tuple[bool, ...]) -> Iterator[_Block]:
             number += 1
 
 
-def _way_up(attention: tuple[bool, ...]) -> Iterator[_Block]:
+def _way_up(attention: tuple[bool, ...], resnets: int) -> Iterator[_Block]:
     """The levels from the coarsest: one resnet more in each, and the sampler in the level's last block."""
     number = 0
     for level, attends in enumerate(reversed(attention)):
-        for place in range(_RESNETS + 1):
+        for place in range(resnets + 1):
             yield f"output_blocks.{number}.0", f"up_blocks.{level}", "resnets", place
             if attends:
                 yield f"output_blocks.{number}.1", f"up_blocks.{level}", "attentions", place

@@ -30,6 +30,9 @@ COMMANDS = {
     "info": "What each file is: architecture, layout, ranks, norms, training.",
     "convert": "Write an adapter in another layout, losslessly.",
     "merge": "Combine several adapters into one.",
+    "bake": "Write a checkpoint with adapters in it.",
+    "extract": "Make a LoRA from the difference of two checkpoints.",
+    "verify": "Whether a checkpoint is BASE with adapters baked in, tensor by tensor.",
 }
 
 # Libraries that may have work of their own to do at exit.
@@ -40,6 +43,8 @@ Examples:
   loratools info style.safetensors
   loratools convert style.safetensors -o style_diffusers.safetensors --to diffusers
   loratools merge style.safetensors character.safetensors -o both.safetensors
+  loratools bake base.safetensors style.safetensors -o baked.safetensors
+  loratools extract base.ckpt tuned.ckpt --rank 32
   loratools merge --help
 """
 
@@ -54,10 +59,11 @@ Examples:
 )
 @click.version_option(__version__, prog_name="loratools", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Inspect, convert and merge LoRA adapters, whatever trainer wrote them.
+    """Inspect, convert, merge, bake and extract LoRA adapters, whatever trainer wrote them.
 
-    A PATH is a .safetensors, .ckpt, .pt, .pth, .bin or .npz file, or a folder that is an adapter (PEFT, MLX); GGUF
-    cannot be read yet. What a file is, is read from its content, never from its name.
+    A PATH is a .safetensors, .ckpt, .pt, .pth, .bin or .npz file, a folder that is an adapter (PEFT, MLX), or a model:
+    sharded, or a diffusers folder. GGUF cannot be read yet. What a file is, is read from its
+    content, never from its name.
 
     Exit status: 0 done; 1 refused or failed, and nothing was written; 2 wrong usage; 130 interrupted.
     """

@@ -153,6 +153,25 @@ def writing(command: Decorated) -> Decorated:
     return command
 
 
+def baking(command: Decorated) -> Decorated:
+    """--output, --dtype, --device, --overwrite and --dry-run: for a command that writes a checkpoint."""
+    output = _named_output("A file where BASE is one (.safetensors, or a pickle where it is), else a folder.")
+    for option in reversed((output, _dtype, _device, _overwrite, _dry_run)):
+        command = option(command)
+    return command
+
+
+def extracting(command: Decorated) -> Decorated:
+    """As ``writing``, for a command that makes an adapter of its own and finds a name for it."""
+    output = _named_output(
+        "Where to write. Default: TUNED's name and the rank, in the current folder.", required=False
+    )
+    layout = _layout("kohya where the architecture has names of its own, else peft")
+    for option in reversed((output, layout, _dtype, _device, _overwrite, _dry_run)):
+        command = option(command)
+    return command
+
+
 def arch(command: Decorated) -> Decorated:
     """--arch."""
     return click.option(
@@ -196,20 +215,26 @@ _debug: Decorator[Any] = click.option(
     callback=failures.remember_debug,
     help="Show the traceback of an error.",
 )
-_output: Decorator[Any] = click.option(
-    "--output",
-    "-o",
-    required=True,
-    metavar="OUT",
-    help="Where to write: a .safetensors file, or a folder where the layout wants one (peft).",
-)
-_to: Decorator[Any] = click.option(
-    "--to",
-    "layout",
-    callback=registered("loratools.formats", "FORMAT", "layout", _other_layouts),
-    metavar="LAYOUT",
-    help="The layout to write (kohya, diffusers, peft, …). Default: that of the first input.",
-)
+
+
+def _named_output(text: str, *, required: bool = True) -> Decorator[Any]:
+    return click.option("--output", "-o", required=required, metavar="OUT", help=text)
+
+
+_output = _named_output("Where to write: a .safetensors file, or a folder where the layout wants one (peft).")
+
+
+def _layout(default: str) -> Decorator[Any]:
+    return click.option(
+        "--to",
+        "layout",
+        callback=registered("loratools.formats", "FORMAT", "layout", _other_layouts),
+        metavar="LAYOUT",
+        help=f"The layout to write (kohya, diffusers, peft, …). Default: {default}.",
+    )
+
+
+_to = _layout("that of the first input")
 _dtype: Decorator[Any] = click.option(
     "--dtype",
     callback=dtype,

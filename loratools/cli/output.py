@@ -12,11 +12,17 @@ import click
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.progress import ProgressColumn
 
     from loratools.report.values import Symbols
 
 OnProgress = Callable[[str, int, int], None]
 Renderer = Callable[[int, "Symbols"], "RenderableType"]
+
+# Widths in cells: with an amount and a rate of bytes, all of a bar fits into 80.
+_ROOM = 40
+_ROOM_BESIDE_BYTES = 16
+_BAR_BESIDE_BYTES = 18
 
 
 def write_json(value: Any, *, written: str | None = None) -> None:
@@ -84,37 +90,48 @@ def write_error(message: str) -> None:
 
 
 @contextlib.contextmanager
-def progress(doing: str, *, quiet: bool = False) -> Iterator[OnProgress | None]:
+def progress(doing: str, *, quiet: bool = False, in_bytes: bool = False) -> Iterator[OnProgress | None]:
     """A progress bar on stderr while the block runs; None where stderr is no terminal.
 
     Args:
         doing: What is being done, as a word or two.
         quiet: Whether the user wants none.
+        in_bytes: Whether what is counted are bytes: the bar then shows their rate, too.
     """
     if quiet or not sys.stderr.isatty():
         yield None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress, TextColumn
     from rich.text import Text
 
     from loratools.report.values import clean
 
-    columns = (
-        TextColumn(doing),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[current]}", markup=False),
-    )
+    columns = (TextColumn(doing), *_columns(in_bytes), TextColumn("{task.fields[current]}", markup=False))
+    room = _ROOM_BESIDE_BYTES if in_bytes else _ROOM
     with Progress(*columns, console=_console(stderr=True), transient=True) as shown:
         task = shown.add_task(doing, total=None, current="")
 
         def update(name: str, done: int, total: int) -> None:
             current = Text(clean(name))
-            current.truncate(40, overflow="ellipsis")
+            current.truncate(room, overflow="ellipsis")
             shown.update(task, completed=done, total=total, current=current.plain)
 
         yield update
+
+
+def _columns(in_bytes: bool) -> tuple[ProgressColumn, ...]:
+    """What stands between the word and the name: bar, amount, rate of bytes, remaining time."""
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    if not in_bytes:
+        return BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return BarColumn(_BAR_BESIDE_BYTES), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
 
 
 def _console(*, stderr: bool = False) -> Console:

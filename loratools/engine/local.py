@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -20,6 +20,20 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 _AHEAD = 4
+
+
+class Local(NamedTuple):
+    """The engine of this machine.
+
+    Attributes:
+        threads: A count; None for one per processor.
+    """
+
+    threads: int | None = None
+
+    def run(self, work: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        """``work`` of every task, in the order of the tasks; see ``run``."""
+        return run(work, tasks, threads=self.threads)
 
 
 def default_threads() -> int:

@@ -213,7 +213,11 @@ class _Reader:
         if "embedding_up" in roles:
             roles, op = {role.removeprefix("embedding_"): ref for role, ref in roles.items()}, "embedding"
         if self.flipped:
-            roles = {role: ref.flipped() if role in ("up", "down") else ref for role, ref in roles.items()}
+            # Stacked experts have their factors the usual way round, behind the axis of the experts.
+            roles = {
+                role: ref.flipped() if role in ("up", "down") and len(ref.shape) == 2 else ref
+                for role, ref in roles.items()
+            }
         factors = {role: ref for role, ref in roles.items() if role not in _BESIDE}
         kind = self._kind(found, roles, factors)
         rank, shape = kind.rank(factors), kind.shape(factors)

@@ -1,28 +1,38 @@
-"""The tensors of a base model by key: a file, a sharded checkpoint, or a diffusers model folder; headers only.
+"""The tensors of a base model by key: a file, a sharded checkpoint, or a diffusers model folder.
 
-Sources: huggingface_hub's ``*.index.json`` (``weight_map``: the shard of each key) and diffusers' model folders, which
-have one subfolder per network beside ``model_index.json``.
+What is there, and where, comes from headers alone; data is read one tensor at a time, never mapped, so that what a
+process holds does not grow with the model.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from loratools.errors import MalformedFileError, MissingFileError, ReadError
+from loratools.errors import MalformedFileError, MissingFileError
+from loratools.io._load import load, load_rows
+from loratools.io._model_files import (
+    CONFIG,
+    INDEX,
+    NEEDED,
+    PIPELINE,
+    Part,
+    beside,
+    is_index,
+    listed,
+    part_of,
+    read_config,
+    read_index,
+    sharded,
+)
+from loratools.io.mapped import MappedSource, TensorFile
 from loratools.io.reader import open_tensors
 from loratools.tensors import nbytes
 
-INDEX = ".index.json"
-_PIPELINE = "model_index.json"
-_CONFIG = "config.json"
-# What a library calls its own weights in a folder, best first; variants ("model.fp16.safetensors") come after.
-_STEMS = ("model", "diffusion_pytorch_model", "pytorch_model", "consolidated")
-_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
+__all__ = ["INDEX", "Base", "Shard", "Weight", "keys_of", "load", "load_rows", "read_index", "tied"]
+
 _NETWORKS = ("unet", "transformer", "prior", "text_encoder")
-_NEEDED = "The base's weights are needed, or their index beside all its shards: names and shapes are in their headers"
 
 
 class Weight(NamedTuple):
@@ -54,9 +64,9 @@ class Shard(NamedTuple):
 
     Attributes:
         path: Where it lies.
-        name: Its path relative to the model's folder; of a single file its own name.
+        name: Its path relative to the model's folder, with "/" between names; of a single file its own name.
         part: The subfolder of a diffusers model that it belongs to, or empty.
-        container: "safetensors" or "pickle".
+        container: "safetensors", "pickle" or "npz".
         size: Of the file, in bytes.
         metadata: The string metadata of a safetensors file.
         keys: Its tensors, in the file's order.
@@ -80,8 +90,9 @@ class Base(NamedTuple):
         folder: The folder that is the model; empty where it is a single file.
         shards: The files of tensors.
         indices: By part, the path of its index relative to the folder.
-        configs: By part, the content of its config.json.
-        beside: All other files of the folder, relative to it: configurations, tokenizers, other variants' weights.
+        configs: By part, the content of its config.json; empty where it has none.
+        beside: All other files of the folder, relative to it, with "/" between names: configurations, tokenizers, other
+            variants' weights. Hidden ones are left out.
     """
 
     path: str
@@ -101,141 +112,133 @@ def keys_of(path: str | os.PathLike[str]) -> Base:
 
     Raises:
         MissingFileError: There is nothing, no weights, or not all shards.
-        MalformedFileError: A file or an index is damaged, or of a container that is not read (GGUF).
+        MalformedFileError: A file, an index or a configuration is damaged, a tensor is in two shards, an index names
+            files elsewhere, or a container is not read (GGUF).
         LoraError: A file cannot be read.
     """
     given = os.fspath(path)
+    folder, name = os.path.split(given)
     if os.path.isdir(given):
-        return Base(given, _folder(given))
-    if given.endswith(INDEX) and os.path.basename(given) != _PIPELINE:
-        return Base(given, {"": _sharded(given)})
-    if given.endswith(".json") and os.path.isfile(given):
+        return _model(given, given, _parts(given))
+    if is_index(name):
+        return _model(given, folder or os.curdir, {"": sharded(folder, name)})
+    if name.endswith(".json") and os.path.isfile(given):
         raise MissingFileError(
             "a configuration, which names no weights",
             path=given,
-            expected=_NEEDED,
+            expected=NEEDED,
             todo="Give the model's folder",
         )
-    return Base(given, {"": _file(given)})
+    shard, weights = _file(given, name, "")
+    return Base(given, {"": weights}, shards=(shard,), configs={"": {}})
 
 
-def _folder(folder: str) -> dict[str, dict[str, Weight]]:
-    names = _listed(folder)
+def tied(base: Base) -> tuple[tuple[Weight, ...], ...]:
+    """Groups of tensors whose bytes are the same ones of the same file, so that changing one changes all of its group.
+
+    Only pickles can hold such, and only tensors with a known ``start`` are found.
+    """
+    groups: dict[tuple[str, int], list[Weight]] = {}
+    for part in base.parts.values():
+        for weight in part.values():
+            if weight.start is not None and weight.nbytes:
+                groups.setdefault((weight.file, weight.start), []).append(weight)
+    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+
+
+def _parts(folder: str) -> dict[str, Part]:
+    """The weights of a folder by subfolder, or its own under ""."""
+    names = listed(folder)
     # A pipeline's folder may have a checkpoint in one file beside its subfolders.
-    if _PIPELINE not in names:
-        own = _own(folder, names)
+    if PIPELINE not in names:
+        own = part_of(folder, names)
         if own is not None:
             return {"": own}
     inside = [name for name in names if os.path.isdir(os.path.join(folder, name))]
-    if _PIPELINE in names or any(name in _NETWORKS for name in inside):
-        parts = {name: _own(os.path.join(folder, name)) for name in inside}
-        found = {name: weights for name, weights in parts.items() if weights is not None}
+    if PIPELINE in names or any(name in _NETWORKS for name in inside):
+        places = {name: os.path.join(folder, name) for name in inside}
+        parts = {name: part_of(place, listed(place)) for name, place in places.items()}
+        found = {name: part for name, part in parts.items() if part is not None}
         if found:
             return found
     what = (
-        "a configuration without weights"
-        if {_CONFIG, _PIPELINE} & {*names}
-        else "the folder holds no weights"
+        "a configuration without weights" if {CONFIG, PIPELINE} & {*names} else "the folder holds no weights"
     )
-    raise MissingFileError(
-        what, path=folder, expected=_NEEDED, todo="Give the folder or file that holds them"
-    )
+    raise MissingFileError(what, path=folder, expected=NEEDED, todo="Give the folder or file that holds them")
 
 
-def _own(folder: str, names: list[str] | None = None) -> dict[str, Weight] | None:
-    """The weights that lie in a folder itself, or None where it has none."""
-    listed = _listed(folder) if names is None else names
-    indices = [name for name in listed if name.endswith(INDEX) and name != _PIPELINE]
-    if indices:
-        return _sharded(os.path.join(folder, min(indices, key=_preference)))
-    files = [
-        name for name in listed if name.endswith(_SUFFIXES) and os.path.isfile(os.path.join(folder, name))
-    ]
-    if not files:
-        return None
-    best = min(files, key=_preference)
-    if len(files) > 1 and best.partition(".")[0] not in _STEMS:
-        raise MissingFileError(
-            f"the folder holds {len(files)} files of weights and no index",
-            path=folder,
-            keys=files,
-            todo="Name the file itself",
-        )
-    return _file(os.path.join(folder, best))
-
-
-def _preference(name: str) -> tuple[int, int, int, str]:
-    """Safetensors before pickles, a library's own name before others, the plain file before its variants."""
-    stem = name.partition(".")[0]
-    return (
-        ".safetensors" not in name,
-        _STEMS.index(stem) if stem in _STEMS else len(_STEMS),
-        name.count("."),
-        name,
+def _model(given: str, folder: str, parts: Mapping[str, Part]) -> Base:
+    """A model that is a folder."""
+    weights: dict[str, dict[str, Weight]] = {}
+    shards: list[Shard] = []
+    for name, part in parts.items():
+        place = os.path.join(folder, name) if name else folder
+        read = [_file(os.path.join(place, file), _within(name, file), name) for file in part.files]
+        weights[name] = _together(read, place, part)
+        shards += [shard for shard, _ in read]
+    indices = {name: _within(name, part.index_name) for name, part in parts.items() if part.index_name}
+    return Base(
+        given,
+        weights,
+        folder=folder,
+        shards=tuple(shards),
+        indices=indices,
+        configs={name: read_config(os.path.join(folder, name) if name else folder) for name in parts},
+        beside=beside(folder, {*(shard.name for shard in shards), *indices.values()}),
     )
 
 
-def _listed(folder: str) -> list[str]:
-    try:
-        return sorted(os.listdir(folder))
-    except OSError as error:
-        raise ReadError(
-            f"cannot be read: {error.strerror}", path=folder, todo="Check its permissions"
-        ) from error
+def _within(part: str, name: str) -> str:
+    return f"{part}/{name}" if part else name
 
 
-def _file(path: str) -> dict[str, Weight]:
+def _file(path: str, name: str, part: str) -> tuple[Shard, dict[str, Weight]]:
+    """One file of tensors, by its header."""
     with open_tensors(path) as opened:
-        return {key: Weight(key, ref.shape, ref.dtype, path) for key, ref in opened.tensors.items()}
+        starts = _starts(opened)
+        weights = {
+            key: Weight(key, ref.shape, ref.dtype, path, starts.get(key))
+            for key, ref in opened.tensors.items()
+        }
+        shard = Shard(path, name, part, opened.container, opened.size, dict(opened.metadata), tuple(weights))
+    return shard, weights
 
 
-def _sharded(index: str) -> dict[str, Weight]:
-    """The tensors of all shards that an index names."""
-    shards = _weight_map(index)
-    folder = os.path.dirname(index)
-    missing = sorted(name for name in {*shards.values()} if not os.path.isfile(os.path.join(folder, name)))
-    if missing:
-        raise MissingFileError(
-            f"{len(missing)} of {len({*shards.values()})} shards are missing",
-            path=index,
-            keys=missing,
-            todo="Download them into the same folder",
-        )
+def _starts(opened: TensorFile) -> Mapping[str, int]:
+    """Where each tensor's bytes begin in the file, as far as they lie there as they are."""
+    if opened.container == "pickle":
+        from loratools.io.pickle_offsets import offsets
+
+        return offsets(opened)
+    return {
+        key: ref.source.start
+        for key, ref in opened.tensors.items()
+        if isinstance(ref.source, MappedSource) and not ref.transposed
+    }
+
+
+def _together(read: Iterable[tuple[Shard, dict[str, Weight]]], place: str, part: Part) -> dict[str, Weight]:
+    """The tensors of all shards of one part, each of them in one shard alone, and none missing."""
     found: dict[str, Weight] = {}
-    for name in dict.fromkeys(shards.values()):
-        found.update(_file(os.path.join(folder, name)))
-    lost = [key for key in shards if key not in found]
+    twice: list[str] = []
+    for _, weights in read:
+        twice += [key for key in weights if key in found]
+        found.update(weights)
+    if twice:
+        raise MalformedFileError(
+            f"{len(twice)} tensors are in more than one of the shards",
+            path=os.path.join(place, part.index_name),
+            keys=twice,
+            expected="Each was expected once",
+            todo="Download the shards again, those of one model alone",
+        )
+    lost = [key for key in part.said if key not in found]
     if lost:
         raise MalformedFileError(
-            f"{len(lost)} of {len(shards)} tensors are in none of the shards",
-            path=index,
+            f"{len(lost)} of {len(part.said)} tensors are in none of the shards",
+            path=os.path.join(place, part.index_name),
             keys=lost,
             expected="Index and shards of one model were expected",
             todo="Download them again",
         )
     return found
-
-
-def _weight_map(index: str) -> dict[str, str]:
-    """The shard of each key, as an index has it."""
-    try:
-        with open(index, encoding="utf-8") as stream:
-            said: Any = json.load(stream)
-    except FileNotFoundError as error:
-        raise MissingFileError("no such file", path=index, todo="Check the path") from error
-    except (ValueError, OSError) as error:
-        raise MalformedFileError(f"the index cannot be read: {error}", path=index) from error
-    shards: Any = said.get("weight_map") if isinstance(said, dict) else None
-    if not isinstance(shards, dict) or not shards or not all(_is_name(name) for name in shards.values()):
-        raise MalformedFileError(
-            "the index has no weight_map of file names",
-            path=index,
-            expected="An object was expected that names, for each key, a file in the same folder",
-            todo="Download it again",
-        )
-    return shards
-
-
-def _is_name(value: object) -> bool:
-    """Whether this is the name of a file in the same folder."""
-    return isinstance(value, str) and os.path.basename(value) == value != ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
@@ -29,6 +30,8 @@ class FileMap:
 
     A file that another program shortens while it is mapped cannot be guarded against: the system ends the
     process that touches the missing pages.
+
+    Pickled, it is the file's path and size: whoever unpickles it maps the file anew.
     """
 
     __slots__ = ("_file", "_map", "path")
@@ -60,6 +63,9 @@ class FileMap:
             return memoryview(bytearray(_PREAD(self._file.fileno(), stop - start, start)))
         return memoryview(self._map)[start:stop]
 
+    def __reduce__(self) -> tuple[Callable[[str, int], FileMap], tuple[str, int]]:
+        return _mapped_again, (os.path.abspath(self.path), self.view(0, sys.maxsize).nbytes)
+
     def __del__(self) -> None:
         # Whoever lets go of a lazily read file has nothing left to close it by.
         if file := getattr(self, "_file", None):
@@ -78,10 +84,35 @@ class FileMap:
                 mapped.close()
 
 
+def _mapped_again(path: str, size: int) -> FileMap:
+    """The map of a file that was pickled, perhaps in another process.
+
+    Raises:
+        ReadError: The file is gone, or of another size than it was.
+    """
+    try:
+        mapped = FileMap(path)
+    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        raise ReadError(
+            f"cannot be read again: {error}", path=path, todo="Keep the file until the work is done"
+        ) from error
+    found = mapped.view(0, sys.maxsize).nbytes
+    if found != size:
+        mapped.close()
+        raise ReadError(
+            f"the file has {found:,} bytes now",
+            path=path,
+            expected=f"The {size:,} bytes were expected that it had when it was opened",
+            todo="Keep the file as it is until the work is done",
+        )
+    return mapped
+
+
 class MappedSource:
     """Data that lies in a mapped file, from ``start`` to ``stop`` (bytes).
 
-    It takes its view of the map only when asked, so that a file of which nothing is in use can be closed.
+    It takes its view of the map only when asked, so that a file of which nothing is in use can be closed. It can be
+    pickled: the file's path and the two offsets, not the data.
     """
 
     __slots__ = ("file", "start", "stop")

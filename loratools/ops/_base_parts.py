@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from loratools import archs, formats
+from loratools import archs
 from loratools.io.base import Base, Weight
 from loratools.model import Module
+from loratools.ops._network import networks
 from loratools.tensors import DTYPES
 
 Shape: TypeAlias = tuple[int, ...]
@@ -41,19 +42,10 @@ def weights_of(arch: str, component: str, base: Base) -> dict[str, Weight]:
 
 def _networks(arch: str, component: str, base: Base) -> list[Mapping[str, Weight]]:
     """The networks of a base that may be a component, keys without the prefix that marks it."""
-    row = archs.component(arch, component)
-    told: Mapping[str, tuple[str, ...]] = row.prefixes if row is not None else {}
-    if "" not in base.parts:
-        usual = (prefix for prefix, name in formats.get("diffusers").prefixes if name == component)
-        wanted = {prefix.rstrip(".") for prefix in (*told.get("diffusers", ()), *usual)}
-        return [part for name, part in base.parts.items() if name in wanted or not wanted]
-    whole = base.parts[""]
-    usual = (prefix for prefix, name in formats.get("comfy").prefixes if name == component)
-    for prefix in (*told.get("checkpoint", ()), *told.get("comfy", ()), *usual):
-        marked = {key[len(prefix) :]: weight for key, weight in whole.items() if key.startswith(prefix)}
-        if prefix and marked:
-            return [marked]
-    return [whole]
+    return [
+        {key[len(prefix) :]: weight for key, weight in base.parts[part].items() if key.startswith(prefix)}
+        for part, prefix, _ in networks(base, arch, component)
+    ]
 
 
 def _joined(networks: list[Mapping[str, Weight]]) -> dict[str, Shape | None]:

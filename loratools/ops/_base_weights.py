@@ -12,7 +12,8 @@ from loratools import archs, io
 from loratools.errors import ShapeError, UnsupportedKindError
 from loratools.io.base import Base, Weight
 from loratools.model import Module, Rows, Target
-from loratools.ops._base_parts import dialects, weights_of
+from loratools.ops._base_parts import weights_of
+from loratools.ops._pieces import dialects, held
 from loratools.ops.align import take_rows
 from loratools.tensors import DTYPES, TensorRef
 
@@ -79,21 +80,13 @@ class Weights:
         if target.component not in self._parts:
             self._parts[target.component] = weights_of(self._arch.name, target.component, self.base)
         part = self._parts[target.component]
+        row = archs.component(self._arch.name, target.component)
+        table = row.table if row is not None else None
         if target.path in part:
             return [(part[target.path], None)]
-        for dialect in dialects(self._arch, target.component):
-            found: list[tuple[Weight, Rows | None]] = []
-            for rows in self._arch.pieces(target.component, target.path, dialect):
-                if not _overlap(rows, target.rows):
-                    continue
-                name = self._arch.spell(target.component, target.path, rows, dialect)
-                if name is None or name not in part:
-                    break
-                found.append((part[name], rows))
-            else:
-                if found:
-                    return found
-        return None
+        order = dialects(table, part) if table is not None else ()
+        found = held(table, part, target, order)
+        return None if found is None else [(part[each.path], each.rows) for each in found]
 
     def _load(self, weight: Weight, module: Module) -> torch.Tensor:
         if not _readable(weight):
@@ -114,17 +107,6 @@ class Weights:
 def _readable(weight: Weight) -> bool:
     """Whether it is stored as numbers, not as some quantisation's codes."""
     return DTYPES[weight.dtype].floating and DTYPES[weight.dtype].bits >= 16
-
-
-def _overlap(one: Rows | None, other: Rows | None) -> bool:
-    """Whether two choices of rows of one weight have any in common."""
-    if one is None or other is None:
-        return True
-    return any(
-        start * other.of < last * one.of and first * one.of < stop * other.of
-        for start, stop in one.spans
-        for first, last in other.spans
-    )
 
 
 def _refuse_other_shape(module: Module, weight: torch.Tensor) -> None:

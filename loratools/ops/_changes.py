@@ -108,6 +108,7 @@ class Plan(NamedTuple):
         matched: How many modules of each adapter found their place.
         config: What changes in the config.json of a part: {"": {"tie_word_embeddings": False}}.
         notes: What the caller should know.
+        left_out: How many modules of each adapter are of components that were not asked for.
     """
 
     arch: str
@@ -117,3 +118,4 @@ class Plan(NamedTuple):
     matched: tuple[int, ...] = ()
     config: Mapping[str, Mapping[str, Any]] = EMPTY
     notes: tuple[str, ...] = ()
+    left_out: tuple[int, ...] = ()

@@ -213,6 +213,8 @@ class VerifiedTensor(NamedTuple):
         error: ‖baked − (W + ΔW)‖ / ‖ΔW‖.
         rounding: What rounding to the store dtype alone would make of ``error``.
         dtype: Of the baked tensor, a safetensors name.
+        strength: What ΔW seems to have been multiplied by, where the change is along it and another one was asked for.
+        note: What the caller should know of it (another shape, NaN, a change that the store dtype has no room for).
     """
 
     key: str
@@ -224,6 +226,8 @@ class VerifiedTensor(NamedTuple):
     error: float | None
     rounding: float | None
     dtype: str
+    strength: float | None = None
+    note: str = ""
 
 
 class VerifyReport(NamedTuple):

@@ -94,6 +94,23 @@ def load(path: PathLike, *, arch: str | None = None, embedded: bool = False) -> 
     return adapter
 
 
+def bakeable(path: PathLike, *, arch: str | None = None) -> Adapter:
+    """What changes a base model's weights: an adapter, or (IA)³, which cannot be merged but baked.
+
+    Args:
+        path: A file, or a folder that is an adapter.
+        arch: The architecture, overriding detection.
+
+    Raises:
+        NotAnAdapterError: The file is something else; the message says what.
+        LoraError: It cannot be read.
+    """
+    adapter = read(path, arch=arch)
+    if adapter.type != "ia3" or not adapter.modules:
+        refuse_other_types(adapter)
+    return adapter
+
+
 def _file(given: str) -> str:
     if not os.path.isdir(given):
         return given

@@ -1,0 +1,105 @@
+"""The data of one tensor of a base model, read into memory of its own."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from loratools.errors import MalformedFileError, ReadError
+from loratools.io.mapped import TensorFile
+from loratools.io.reader import open_tensors
+from loratools.io.regions import read_at
+from loratools.tensors import DTYPES, nbytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from loratools.io.base import Weight
+
+
+def load(weight: Weight) -> torch.Tensor:
+    """The tensor in its store dtype, in memory of its own.
+
+    A tensor without a ``start`` is taken from its file by torch; the last such file stays open for the next.
+
+    Raises:
+        MalformedFileError: torch has no dtype for it (4 and 6 bits), or the file is shorter than it was.
+        ReadError: It cannot be read.
+    """
+    if weight.start is not None or not weight.nbytes:
+        return _read(weight, weight.start or 0, weight.shape)
+    import torch
+
+    return _from_file(weight).clone(memory_format=torch.contiguous_format)
+
+
+def load_rows(weight: Weight, start: int, stop: int) -> torch.Tensor:
+    """Rows ``start`` to ``stop`` of a tensor of one dimension or more, as by :func:`load`.
+
+    Raises:
+        MalformedFileError: As for ``load``.
+        ReadError: As for ``load``.
+    """
+    shape = (stop - start, *weight.shape[1:])
+    if weight.start is not None or not weight.nbytes:
+        return _read(weight, (weight.start or 0) + nbytes((start, *weight.shape[1:]), weight.dtype), shape)
+    import torch
+
+    return _from_file(weight)[start:stop].clone(memory_format=torch.contiguous_format)
+
+
+def _read(weight: Weight, at: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """The tensor of this shape whose bytes begin at ``at``."""
+    import torch
+
+    row = DTYPES[weight.dtype]
+    kind: torch.dtype | None = getattr(torch, row.torch, None) if row.torch and row.bits >= 8 else None
+    if kind is None:
+        raise MalformedFileError(
+            f"data of dtype {weight.dtype} cannot be computed with",
+            path=weight.file,
+            keys=[weight.key],
+            expected="A dtype of 8 bits or more that this torch knows was expected",
+            todo="Give the model in another dtype",
+        )
+    if 0 in shape:
+        return torch.empty(shape, dtype=kind)
+    data = torch.empty(nbytes(shape, weight.dtype), dtype=torch.uint8)
+    try:
+        read_at(weight.file, at, data.numpy().data)
+    except OSError as error:
+        raise _unreadable(weight, error) from error
+    return data.view(kind).reshape(shape)
+
+
+def _from_file(weight: Weight) -> torch.Tensor:
+    """A tensor whose bytes do not lie in its file as they are."""
+    try:
+        state = os.stat(weight.file)
+    except OSError as error:
+        raise _unreadable(weight, error) from error
+    opened = _opened(weight.file, state.st_size, state.st_mtime_ns)
+    if weight.key not in opened.tensors:
+        raise ReadError(
+            "the file has changed: a tensor is gone",
+            path=weight.file,
+            keys=[weight.key],
+            todo="Keep the file as it is until the work is done",
+        )
+    return opened.tensors[weight.key].load()
+
+
+def _unreadable(weight: Weight, error: OSError) -> ReadError:
+    return ReadError(
+        f"cannot be read: {error.strerror or error}",
+        path=weight.file,
+        keys=[weight.key],
+        todo="Check that it is still there, and its permissions",
+    )
+
+
+@lru_cache(maxsize=1)
+def _opened(path: str, size: int, changed: int) -> TensorFile:  # noqa: ARG001 - a changed file is another
+    """A file that has to be opened as a whole, which takes long: kept until another is asked for."""
+    return open_tensors(path)

@@ -1,0 +1,242 @@
+"""Which files of a folder are a model, by their names: weights, indices, configurations, and what lies beside them.
+
+Sources: huggingface_hub's and transformers' ``*.index.json`` (``weight_map``: the shard of each key; a variant's name
+stands before ``.json``) and diffusers' model folders, with one subfolder per network beside ``model_index.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from loratools.errors import MalformedFileError, MissingFileError, ReadError
+
+INDEX = ".index.json"
+CONFIG = "config.json"
+PIPELINE = "model_index.json"
+NEEDED = "The base's weights are needed, or their index beside all its shards: names and shapes are in their headers"
+
+# What a library calls its own weights in a folder, best first; variants ("model.fp16.safetensors") come after.
+_STEMS = ("model", "diffusion_pytorch_model", "pytorch_model", "consolidated")
+_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
+
+
+class Part(NamedTuple):
+    """The weights in one folder.
+
+    Attributes:
+        files: Names of its files of tensors, in the index's order.
+        index_name: Of their index, or empty.
+        said: What the index says: the file of each key.
+    """
+
+    files: tuple[str, ...]
+    index_name: str = ""
+    said: Mapping[str, str] = {}
+
+
+def is_index(name: str) -> bool:
+    """Whether a file of this name is the index of shards."""
+    return name.endswith(INDEX) or (".index." in name and name.endswith(".json"))
+
+
+def listed(folder: str) -> list[str]:
+    """The names in a folder, sorted, without hidden ones.
+
+    Raises:
+        ReadError: It cannot be read.
+    """
+    try:
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        raise ReadError(
+            f"cannot be read: {error.strerror}", path=folder, todo="Check its permissions"
+        ) from error
+
+
+def part_of(folder: str, names: Collection[str]) -> Part | None:
+    """The weights that lie in a folder itself, or None where it has none.
+
+    Raises:
+        MissingFileError: Files of which none is the model, or not all shards.
+        MalformedFileError: An index that is damaged or unsafe.
+    """
+    indices = [name for name in names if is_index(name)]
+    files = [
+        name for name in names if name.endswith(_SUFFIXES) and os.path.isfile(os.path.join(folder, name))
+    ]
+    if not indices and not files:
+        return None
+    best = min((*indices, *files), key=_preference)
+    if best in indices:
+        return sharded(folder, best)
+    if len(files) > 1 and _stem(best) not in _STEMS:
+        raise MissingFileError(
+            f"the folder holds {len(files)} files of weights and no index",
+            path=folder,
+            keys=files,
+            todo="Name the file itself",
+        )
+    if _shards_told(best) > 1:
+        raise MissingFileError(
+            f"one of {_shards_told(best)} shards, without an index",
+            path=os.path.join(folder, best),
+            expected=NEEDED,
+            todo="Download the index and the other shards into the same folder",
+        )
+    return Part((best,))
+
+
+def sharded(folder: str, index: str) -> Part:
+    """The shards that an index names, all of them there.
+
+    Raises:
+        MissingFileError: Some are not.
+        MalformedFileError: The index is damaged, or names files elsewhere.
+    """
+    path = os.path.join(folder, index)
+    said: dict[str, str] = read_index(path)["weight_map"]
+    files = tuple(dict.fromkeys(said.values()))
+    missing = sorted(name for name in files if not os.path.isfile(os.path.join(folder, name)))
+    if missing:
+        raise MissingFileError(
+            f"{len(missing)} of {len(files)} shards are missing",
+            path=path,
+            keys=missing,
+            todo="Download them into the same folder",
+        )
+    return Part(files, index, said)
+
+
+def read_index(path: str) -> dict[str, Any]:
+    """The content of an index, whose ``weight_map`` names files in the same folder.
+
+    Raises:
+        MissingFileError: There is no such file.
+        MalformedFileError: It is no index, or names files elsewhere.
+    """
+    said = _read_json(path, "the index")
+    shards = said.get("weight_map") if isinstance(said, dict) else None
+    if (
+        not isinstance(shards, dict)
+        or not shards
+        or not all(isinstance(name, str) for name in shards.values())
+    ):
+        raise MalformedFileError(
+            "the index has no weight_map of file names",
+            path=path,
+            expected="An object was expected that names, for each key, a file in the same folder",
+            todo="Download it again",
+        )
+    outside = [name for name in dict.fromkeys(shards.values()) if not _is_name(name)]
+    if outside:
+        raise MalformedFileError(
+            f"the index names {len(outside)} files that do not lie in its own folder",
+            path=path,
+            keys=outside,
+            expected="An object was expected that names, for each key, a file in the same folder",
+            todo="Do not use it, and download the model from where you trust it",
+        )
+    assert isinstance(said, dict)
+    return said
+
+
+def true_index(
+    original: str | os.PathLike[str], weight_map: Mapping[str, str], sizes: Mapping[str, int]
+) -> dict[str, Any]:
+    """The content of an index as huggingface_hub and transformers write it.
+
+    Args:
+        original: The base's index, whose other statements are kept.
+        weight_map: The file of each tensor, relative to the index.
+        sizes: Of each tensor, in bytes.
+
+    Raises:
+        MissingFileError: There is no original.
+        MalformedFileError: It is damaged.
+    """
+    said = read_index(os.fspath(original))
+    before = said.get("metadata")
+    metadata = dict(before) if isinstance(before, dict) else {}
+    metadata["total_size"] = sum(sizes[key] for key in weight_map)
+    return {**said, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def read_config(folder: str) -> dict[str, Any]:
+    """The content of a folder's config.json; empty where it has none.
+
+    Raises:
+        MalformedFileError: It is not a JSON object.
+    """
+    path = os.path.join(folder, CONFIG)
+    if not os.path.isfile(path):
+        return {}
+    said = _read_json(path, "the configuration")
+    if not isinstance(said, dict):
+        raise MalformedFileError(
+            f"the configuration is a JSON {type(said).__name__}",
+            path=path,
+            expected="An object was expected",
+            todo="Download it again",
+        )
+    return said
+
+
+def beside(folder: str, own: Collection[str]) -> tuple[str, ...]:
+    """All files of a folder but its ``own``, by their path relative to it, with "/" between names.
+
+    Hidden ones, as a download's cache, are left out; links are followed.
+    """
+    return tuple(sorted(name for name in _walk(folder, "", ()) if name not in own))
+
+
+def _walk(folder: str, under: str, above: tuple[str, ...]) -> Iterator[str]:
+    path = os.path.join(folder, under) if under else folder
+    real = os.path.realpath(path)
+    if real in above:  # a link to a folder that it lies in
+        return
+    for name in listed(path):
+        inner = f"{under}/{name}" if under else name
+        place = os.path.join(folder, inner)
+        if os.path.isdir(place):
+            yield from _walk(folder, inner, (*above, real))
+        elif os.path.isfile(place):
+            yield inner
+
+
+def _preference(name: str) -> tuple[bool, int, int, bool, str]:
+    """Safetensors before pickles, a library's own name before others, the plain file before its variants."""
+    plain = name.removesuffix(".json").replace(".index", "") if is_index(name) else name
+    stem = _stem(plain)
+    rank = _STEMS.index(stem) if stem in _STEMS else len(_STEMS)
+    return ".safetensors" not in plain, rank, plain.count("."), not is_index(name), name
+
+
+def _stem(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _shards_told(name: str) -> int:
+    """How many shards a file's name says that there are: "model-00001-of-00004.safetensors"."""
+    _, said, count = _stem(name).rpartition("-of-")
+    return int(count) if said and count.isdecimal() else 1
+
+
+def _is_name(name: str) -> bool:
+    """Whether this is the name of a file in the same folder, on whatever system it is read."""
+    return name not in ("", ".", "..") and not set("/\\\0") & {*name} and name[1:2] != ":"
+
+
+def _read_json(path: str, what: str) -> object:
+    try:
+        with open(path, encoding="utf-8") as stream:
+            said: object = json.load(stream)
+    except FileNotFoundError as error:
+        raise MissingFileError("no such file", path=path, todo="Check the path") from error
+    except RecursionError as error:
+        raise MalformedFileError(f"{what} is nested too deeply", path=path) from error
+    except (ValueError, OSError) as error:
+        raise MalformedFileError(f"{what} cannot be read: {error}", path=path) from error
+    return said

@@ -1,0 +1,122 @@
+"""Jobs on an accelerator: matrices of one shape are decomposed together while the next ones are read.
+
+Threads read and subtract, put the result into pinned memory and copy it on a stream of their own; the calling thread
+waits for the copies of one batch, which by then are done, and decomposes it. What comes back does not depend on which
+matrices share a batch, but for rounding. Without an accelerator the same code runs on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from loratools.engine import local
+from loratools.maths.rank import Rule
+from loratools.maths.svd import decompose_batch
+from loratools.ops._extract_tensor import FACTORS, Found, Job, difference, extract_tensor, factored
+
+# Of float32 matrices in one batch; and how many.
+_BATCH_BYTES = 1 << 28
+_BATCH = 32
+# A few matrices wait for each: enough to keep the accelerator busy, few enough for the host's memory.
+_READERS = 2
+
+
+class _Sent(NamedTuple):
+    """A matrix on its way to the accelerator.
+
+    Attributes:
+        job: Its job.
+        matrix: On the device; None where ``found`` is all there is.
+        found: The result of a job without a matrix to decompose.
+        arrived: An event after the copy, or None where there was none to wait for.
+        pinned: What is copied, kept until it has arrived.
+    """
+
+    job: Job
+    matrix: torch.Tensor | None = None
+    found: Found | None = None
+    arrived: torch.cuda.Event | None = None
+    pinned: torch.Tensor | None = None
+
+
+def run(jobs: Iterable[Job], device: str, *, batch: int = _BATCH) -> Iterator[Found]:
+    """The results of all jobs, in no order: they carry their numbers.
+
+    Args:
+        jobs: Of any task.
+        device: "cuda", "cuda:N", "mps", or "cpu".
+        batch: How many matrices are decomposed together at most, a count.
+
+    Raises:
+        NonFiniteError: NaN or Inf in one of the checkpoints.
+    """
+    on_cuda = device.startswith("cuda")
+    stream = torch.cuda.Stream(device) if on_cuda else None  # type: ignore[no-untyped-call]
+
+    def read(job: Job) -> _Sent:
+        if job.task != FACTORS:
+            return _Sent(job, found=extract_tensor(job))
+        matrix = difference(job)
+        return _Sent(job, found=Found(job.number)) if matrix is None else _send(job, matrix, device, stream)
+
+    waiting: list[_Sent] = []
+    for sent in local.run(read, sorted(jobs, key=_shape), threads=_READERS):
+        if sent.found is not None:
+            yield sent.found
+            continue
+        if waiting and not _fits(waiting, sent, batch):
+            yield from _decomposed(waiting)
+            waiting = []
+        waiting.append(sent)
+    yield from _decomposed(waiting)
+
+
+def _shape(job: Job) -> tuple[tuple[int, int], str, int]:
+    """Matrices of one shape and one rule follow each other."""
+    return job.matrix, repr(job.rule), job.number
+
+
+def _send(job: Job, matrix: torch.Tensor, device: str, stream: torch.cuda.Stream | None) -> _Sent:
+    if stream is None:
+        return _Sent(job, matrix.to(device))
+    pinned = matrix.pin_memory()
+    with torch.cuda.stream(stream):
+        there = pinned.to(device, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record(stream)
+    return _Sent(job, there, None, arrived, pinned)
+
+
+def _fits(waiting: Sequence[_Sent], sent: _Sent, batch: int) -> bool:
+    first = waiting[0].job
+    size = 4 * (len(waiting) + 1) * first.matrix[0] * first.matrix[1]
+    alike = (first.matrix, first.rule) == (sent.job.matrix, sent.job.rule)
+    return alike and len(waiting) < batch and size <= _BATCH_BYTES
+
+
+def _decomposed(batch: Sequence[_Sent]) -> Iterator[Found]:
+    matrices = []
+    for sent in batch:
+        if sent.matrix is None:
+            continue
+        if sent.arrived is not None:
+            present = torch.cuda.current_stream(sent.matrix.device)
+            present.wait_event(sent.arrived)
+            # Its memory must not be given to the copying stream before this one is done with it.
+            sent.matrix.record_stream(present)
+        matrices.append(sent.matrix)
+    if not matrices:
+        return
+    job = batch[0].job
+    found = decompose_batch(
+        torch.stack(matrices),
+        job.rule or Rule("rank", 1),
+        method=job.method,
+        tolerance=job.tolerance,
+        seed=job.seed,
+    )
+    for sent, each in zip(batch, found, strict=True):
+        yield factored(sent.job, each)

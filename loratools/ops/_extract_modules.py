@@ -1,0 +1,140 @@
+"""What was extracted as modules of an adapter: factors of any rank up to the one computed, and full differences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+
+from loratools.model import Module, Target
+from loratools.ops._extract_pairs import EMBEDDING, NORM, Stored
+from loratools.ops._extract_tensor import Found
+from loratools.tensors import LazySource, TensorRef, from_torch
+
+_CONV = 3  # axes of the simplest
+
+
+class Store(Protocol):
+    """Where results wait until they are written."""
+
+    def put(self, tensor: torch.Tensor, name: str = "") -> TensorRef:
+        """Keep a tensor, and return what loads it again."""
+
+    def head(self, ref: TensorRef, rows: int) -> TensorRef:
+        """The first rows of a tensor that was put."""
+
+
+class Memory:
+    """Results that stay in memory, for an adapter that is not written."""
+
+    def put(self, tensor: torch.Tensor, name: str = "") -> TensorRef:
+        """Keep a tensor as it is."""
+        return from_torch(name, tensor)
+
+    def head(self, ref: TensorRef, rows: int) -> TensorRef:
+        """The first rows of a tensor."""
+        return from_torch(ref.name, ref.load()[:rows])
+
+
+class Kept(NamedTuple):
+    """One result without its data.
+
+    Attributes:
+        stored: The base's tensor.
+        found: The result; its tensors are None.
+        up: (rank, out), transposed so that its first rows are a smaller rank's; or None.
+        down: (rank, in·kh·kw), or None.
+        full: The difference itself, or None.
+    """
+
+    stored: Stored
+    found: Found
+    up: TensorRef | None = None
+    down: TensorRef | None = None
+    full: TensorRef | None = None
+
+    @property
+    def rank(self) -> int:
+        """The largest rank there is, a count."""
+        return len(self.found.sigma)
+
+    @property
+    def cost(self) -> int:
+        """Bytes of one more rank."""
+        refs = [ref for ref in (self.up, self.down) if ref is not None]
+        return sum(ref.nbytes // ref.shape[0] for ref in refs)
+
+
+def keep(stored: Stored, found: Found, store: Store) -> Kept:
+    """Put a result's tensors away."""
+    up, down, full = (
+        store.put(tensor) if tensor is not None else None for tensor in (found.up, found.down, found.full)
+    )
+    return Kept(stored, found._replace(up=None, down=None, full=None), up, down, full)
+
+
+def modules(kept: Iterable[Kept], ranks: Mapping[int, int], store: Store) -> dict[Target, Module]:
+    """Modules of results; a bias goes with the weight beside it.
+
+    Args:
+        kept: In the order of the result.
+        ranks: By job number, of those that have fewer than there are; a count.
+        store: Where their data lies.
+    """
+    groups: dict[Target, list[Kept]] = {}
+    for each in kept:
+        groups.setdefault(each.stored.target, []).append(each)
+    return {target: _module(target, group, ranks, store) for target, group in groups.items()}
+
+
+def _module(target: Target, group: list[Kept], ranks: Mapping[int, int], store: Store) -> Module:
+    weight = next((each for each in group if each.up is not None), None)
+    full = {_role(each.stored): each.full for each in group if each.full is not None}
+    if weight is None:
+        shape = next((each.stored.shape for each in group if each.stored.leaf == "weight"), None)
+        return Module(target, "full", full, shape=shape, op="conv" if len(shape or ()) >= _CONV else "linear")
+    rank = ranks.get(weight.found.number, weight.rank)
+    factors = {**_factors(weight, rank, store), **full}
+    shape = weight.stored.shape
+    embedding = weight.stored.role == EMBEDDING
+    return Module(
+        target,
+        "lora",
+        factors,
+        scale=1.0,
+        alpha=float(rank),
+        rank=rank,
+        shape=shape[::-1] if embedding else shape,
+        op="embedding" if embedding else "conv" if len(shape) >= _CONV else "linear",
+        in_first=embedding or weight.stored.turned,
+    )
+
+
+def _role(stored: Stored) -> str:
+    if stored.role == NORM:
+        return "b_norm" if stored.leaf == "bias" else "w_norm"
+    return "diff_b" if stored.leaf == "bias" else "diff"
+
+
+def _factors(kept: Kept, rank: int, store: Store) -> dict[str, TensorRef]:
+    """up (out, rank[, 1, 1]) and down (rank, in[, kh, kw]); of an embedding, stored (vocabulary, dim), exchanged."""
+    if kept.up is None or kept.down is None:
+        return {}
+    across, down = kept.up, kept.down
+    if rank < kept.rank:
+        across, down = store.head(across, rank), store.head(down, rank)
+    shape = kept.stored.shape
+    if kept.stored.role == EMBEDDING:
+        return {"up": _turned(down, (shape[1], rank)), "down": across.reshaped((rank, shape[0]))}
+    ones = (1,) * len(shape[2:])
+    return {
+        "up": _turned(across, (shape[0], rank, *ones)),
+        "down": down.reshaped((rank, *shape[1:])),
+    }
+
+
+def _turned(ref: TensorRef, shape: tuple[int, ...]) -> TensorRef:
+    """The transpose of a stored matrix under a shape of as many elements, made when it is loaded."""
+    source = LazySource(lambda: ref.load().t().contiguous().reshape(shape))
+    return TensorRef(ref.name, shape, ref.dtype, source)

@@ -1,0 +1,373 @@
+"""Adapters baked into a base checkpoint: W + Σ wᵢ · ΔWᵢ, one tensor at a time; all else is copied by the system.
+
+Memory is bounded by the largest weight, not by the model. The copying begins before torch is imported and goes on while
+tensors are computed; nothing has its final name before all of it is on the disk.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+from loratools import io
+from loratools.errors import OptionError
+from loratools.io.base import Base, keys_of
+from loratools.model import Adapter
+from loratools.ops import _bake_run, _locate, files
+from loratools.ops._bake_digest import digest
+from loratools.ops._bake_run import Meter, Options, Progress
+from loratools.ops._bake_shards import ShardPlan, shard_plans
+from loratools.ops._changes import Plan
+from loratools.ops._outputs import PICKLES, PathLike, check_output
+from loratools.ops.checkpoint_results import BakedTensor, BakeEstimate, BakeReport
+from loratools.tensors import nbytes
+
+ROUNDINGS = ("nearest", "stochastic", "compensated")
+
+
+class _Bake(NamedTuple):
+    """A bake that was checked and planned.
+
+    Attributes:
+        base: The checkpoint.
+        adapters: The adapters.
+        strengths: What each is multiplied by.
+        plan: What changes.
+        shards: How each file is written.
+        options: How tensors are computed.
+        container: Of the output.
+        output: Its path.
+    """
+
+    base: Base
+    adapters: tuple[Adapter, ...]
+    strengths: tuple[float, ...]
+    plan: Plan
+    shards: tuple[ShardPlan, ...]
+    options: Options
+    container: str
+    output: str
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensors' files, as good as known before they are written."""
+        return sum(_bake_run.size_of(shard, self.options.store) for shard in self.shards)
+
+
+def bake(
+    base: PathLike,
+    adapters: Sequence[PathLike | Adapter],
+    output: PathLike,
+    *,
+    weights: Sequence[float] | None = None,
+    components: Collection[str] | None = None,
+    precise: bool = False,
+    rounding: str = "nearest",
+    seed: int = 0,
+    resume: bool = False,
+    skip_missing: bool = False,
+    arch: str | None = None,
+    dtype: str = "keep",
+    device: str = "auto",
+    threads: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> BakeReport:
+    """Write a checkpoint with adapters in it.
+
+    Args:
+        base: The checkpoint: a file, a sharded model's folder or index, or a diffusers folder.
+        adapters: Paths, or from ``load``.
+        output: A file where the base is one, else a folder.
+        weights: What each ΔW is multiplied by; default 1 each.
+        components: Only these ("denoiser", "text_encoder", …); default: all.
+        precise: Compute in float64 instead of float32.
+        rounding: To the store dtype: "nearest", "stochastic" (unbiased), or "compensated" (to nearest, then corrected
+            in the adapters' own subspace).
+        seed: Of stochastic rounding.
+        resume: Go on where an interrupted bake of several files stopped; keep finished files if this one is.
+        skip_missing: Leave out modules that the base has no weight for.
+        arch: The architecture, overriding detection.
+        dtype: The store dtype: "float32", "float16", "bfloat16", or "keep".
+        device: Where to compute: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        threads: How many tensors are worked on side by side, a count; default: one per processor.
+        overwrite: Whether an existing output may be replaced; it may be the base itself.
+        dry_run: Plan, estimate, and write nothing.
+        progress: Called with a tensor's name, the bytes done and the bytes of all.
+
+    Raises:
+        LoraError: Nothing was written under the output's name.
+    """
+    started = time.perf_counter()
+    _check_options(rounding, dtype)
+    options = Options(
+        precise=precise,
+        rounding=rounding,
+        seed=seed,
+        device=device,
+        store=None if dtype == "keep" else files.STORE_DTYPES[dtype],
+        threads=threads,
+    )
+    check_output(output, overwrite=overwrite)
+    loaded = tuple(
+        each if isinstance(each, Adapter) else files.bakeable(each, arch=arch) for each in adapters
+    )
+    strengths = _strengths(weights, len(loaded))
+    found = keys_of(base)
+    container = _container(found, os.fspath(output))
+    plan = _locate.plan(found, loaded, strengths, arch=arch, components=components, skip_missing=skip_missing)
+    name = os.path.basename(os.fspath(output))
+    shards = shard_plans(found, plan, container=container, store=options.store, name=name)
+    planned = _Bake(found, loaded, strengths, plan, tuple(shards), options, container, os.fspath(output))
+    if dry_run:
+        from loratools.ops._bake_estimate import estimate
+
+        return _report(
+            planned, [], started, estimate=estimate(shards, options, planned.output, planned.bytes)
+        )
+    meter = Meter(planned.bytes, progress)
+    if found.folder:
+        return _to_folder(planned, meter, started, overwrite=overwrite, resume=resume)
+    if resume:
+        raise OptionError(
+            "a bake of a single file has no part to resume at",
+            path=found.path,
+            todo="Leave --resume away; it is for models of several files",
+        )
+    with io.atomic_output(output, overwrite, planned.bytes) as temporary:
+        baked = _write_file(planned, shards[0], os.fspath(temporary), meter)
+        size = os.path.getsize(temporary)
+    return _report(planned, baked, started)._replace(bytes=size)
+
+
+def _write_file(planned: _Bake, shard: ShardPlan, path: str, meter: Meter) -> list[BakedTensor]:
+    """Write one file, whole and on the disk."""
+    writer = _bake_run.writer_for(shard, path, planned.options.store)
+    writer.start()
+    try:
+        baked = _bake_run.write(shard, writer, planned.options, meter)
+        writer.finish(lambda done: meter.show("", done))
+    except BaseException:
+        writer.abort()
+        raise
+    return baked
+
+
+def _to_folder(planned: _Bake, meter: Meter, started: float, *, overwrite: bool, resume: bool) -> BakeReport:
+    """Write a model of several files; each is brought to the disk while the next is computed."""
+    from loratools.io.model_folder import ModelFolder
+
+    _refuse_inside(planned.base, planned.output)
+    baked: list[BakedTensor] = []
+    made = digest(planned.base, planned.adapters, planned.plan, planned.options)
+    with (
+        ModelFolder(planned.output, planned.base, overwrite=overwrite, resume=resume, digest=made) as folder,
+        ThreadPoolExecutor(1, "files") as closing,
+    ):
+        pending: list[Future[None]] = []
+        for shard in planned.shards:
+            if shard.name in folder.done:
+                meter.next_file(_bake_run.size_of(shard, planned.options.store))
+                continue
+            writer = _bake_run.writer_for(shard, folder.place(shard.name), planned.options.store)
+            writer.start()
+            try:
+                baked += _bake_run.write(shard, writer, planned.options, meter)
+            except BaseException:
+                writer.abort()
+                raise
+            _settle(pending)
+            pending.append(closing.submit(_close, writer, folder.finished, shard.name))
+            meter.next_file(_bake_run.size_of(shard, planned.options.store))
+        _settle(pending)
+        _write_configs(planned, folder.write_json)
+        resumed = len(folder.done)
+        reason = folder.fresh_reason
+        beside = folder.beside
+    report = _report(planned, baked, started)
+    notes: tuple[str, ...] = (f"nothing to resume: {reason}",) if resume and reason else ()
+    if resumed:
+        notes += (
+            f"{resumed} files were there from the interrupted run; their tensors are not reported again",
+        )
+    return report._replace(
+        bytes=sum(os.path.getsize(os.path.join(planned.output, shard.name)) for shard in planned.shards),
+        beside=tuple(beside),
+        resumed=resumed,
+        seconds=time.perf_counter() - started,
+        notes=(*report.notes, *notes),
+    )
+
+
+def _close(writer: _bake_run.Writer, finished: Callable[[str], None], name: str) -> None:
+    try:
+        writer.finish()
+    except BaseException:
+        writer.abort()
+        raise
+    finished(name)
+
+
+def _settle(pending: list[Future[None]]) -> None:
+    """Wait for the file before; what went wrong with it is raised."""
+    while pending:
+        pending.pop().result()
+
+
+def _write_configs(planned: _Bake, write_json: Callable[[str, object], None]) -> None:
+    """The index of each part, true to what was written, and configurations that say something else now."""
+    from loratools.io.model_folder import true_index
+
+    base, store = planned.base, planned.options.store
+    for part, index in base.indices.items():
+        shards = [shard for shard in planned.shards if shard.shard.part == part]
+        folder = os.path.dirname(index)
+        weight_map: dict[str, str] = {}
+        sizes: dict[str, int] = {}
+        for shard in shards:
+            for key, kind, shape in shard.sizes(store):
+                weight_map[key] = os.path.relpath(shard.name, folder or ".").replace(os.sep, "/")
+                sizes[key] = nbytes(shape, kind)
+        write_json(index, true_index(os.path.join(base.folder, index), weight_map, sizes))
+    for part, changes in planned.plan.config.items():
+        if part in base.configs:
+            name = f"{part}/config.json" if part else "config.json"
+            write_json(name, {**base.configs[part], **changes})
+
+
+def _check_options(rounding: str, dtype: str) -> None:
+    if rounding not in ROUNDINGS:
+        raise OptionError(f"there is no rounding {rounding!r}", candidates=ROUNDINGS)
+    if dtype != "keep" and dtype not in files.STORE_DTYPES:
+        raise OptionError(f"there is no store dtype {dtype!r}", candidates=[*files.STORE_DTYPES, "keep"])
+
+
+def _strengths(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    if not count:
+        raise OptionError("there is no adapter to bake", expected="At least one adapter was expected")
+    given = tuple(float(weight) for weight in weights) if weights is not None else (1.0,) * count
+    if len(given) != count:
+        raise OptionError(
+            f"{len(given)} weights for {count} adapters",
+            expected="One weight for each adapter was expected",
+        )
+    bad = [str(weight) for weight in given if not math.isfinite(weight)]
+    if bad:
+        raise OptionError("a weight is not a finite number", keys=bad)
+    return given
+
+
+def _container(base: Base, output: str) -> str:
+    """The container of the output.
+
+    Raises:
+        OptionError: A folder for a file or the other way round, or a container that is not written.
+    """
+    suffix = os.path.splitext(output)[1].lower()
+    named = suffix in (".safetensors", *PICKLES)
+    if base.folder:
+        if named or os.path.isfile(output):
+            raise OptionError(
+                "the base is a folder, and the output has a file's name",
+                path=output,
+                expected="A folder is written as a folder, with the same files",
+                todo="Give a folder's name",
+            )
+        return base.shards[0].container
+    if not named or os.path.isdir(output):
+        raise OptionError(
+            "the base is a file, and the output has no file's name",
+            path=output,
+            todo="Give a name that ends in .safetensors"
+            + (f" or {PICKLES[0]}" if base.shards[0].container == "pickle" else ""),
+        )
+    if suffix in PICKLES and base.shards[0].container != "pickle":
+        raise OptionError(
+            f"a {suffix} is written from a {suffix} alone",
+            path=output,
+            todo="Give a name that ends in .safetensors",
+        )
+    return "pickle" if suffix in PICKLES else "safetensors"
+
+
+def _refuse_inside(base: Base, output: str) -> None:
+    """Refuse an output inside the base's folder, which would become a part of it.
+
+    Raises:
+        OptionError: It is.
+    """
+    model, goal = os.path.realpath(base.folder), os.path.realpath(output)
+    if goal.startswith(model + os.sep):
+        raise OptionError(
+            "the output would lie inside the base model's folder", path=output, todo="Choose another place"
+        )
+
+
+def _report(
+    planned: _Bake, baked: list[BakedTensor], started: float, *, estimate: BakeEstimate | None = None
+) -> BakeReport:
+    plan, options = planned.plan, planned.options
+    tensors = tuple(baked) if estimate is None else _planned(plan)
+    changed = [change.weight for change in plan.changes]
+    count = sum(len(shard.weights) for shard in planned.shards)
+    return BakeReport(
+        base=planned.base.path,
+        output=planned.output,
+        adapters=tuple(adapter.path for adapter in planned.adapters),
+        weights=planned.strengths,
+        arch=plan.arch,
+        container=planned.container,
+        bytes=planned.bytes,
+        files=len(planned.shards),
+        beside=planned.base.beside,
+        tensors=tensors,
+        copied=count - len(changed),
+        changed_bytes=sum(weight.nbytes for weight in changed),
+        matched=plan.matched,
+        missing=plan.missing,
+        left_out=plan.left_out,
+        rounding=options.rounding,
+        precise=options.precise,
+        kept=_kept(tensors) if estimate is None else None,
+        error=_error(tensors) if estimate is None else None,
+        seconds=time.perf_counter() - started,
+        estimate=estimate,
+        notes=plan.notes,
+    )
+
+
+def _planned(plan: Plan) -> tuple[BakedTensor, ...]:
+    """The tensors that would change, of which nothing was computed yet."""
+    return tuple(
+        BakedTensor(
+            change.weight.key,
+            change.target,
+            change.component,
+            change.weight.shape,
+            change.weight.dtype,
+            tuple(dict.fromkeys(term.adapter for term in change.terms)),
+            0.0,
+            None,
+            None,
+        )
+        for change in plan.changes
+    )
+
+
+def _kept(tensors: Sequence[BakedTensor]) -> float | None:
+    """How much of ΔW is in the result, over all tensors."""
+    told = [each for each in tensors if each.kept is not None and each.norm]
+    whole = sum(each.norm**2 for each in told)
+    return sum((each.kept or 0.0) * each.norm**2 for each in told) / whole if whole else None
+
+
+def _error(tensors: Sequence[BakedTensor]) -> float | None:
+    """What rounding added, relative to ‖ΔW‖ over all tensors."""
+    told = [each for each in tensors if each.error is not None and each.norm]
+    whole = sum(each.norm**2 for each in told)
+    return math.sqrt(sum(((each.error or 0.0) * each.norm) ** 2 for each in told) / whole) if whole else None
