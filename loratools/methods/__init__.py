@@ -13,7 +13,7 @@ from loratools.registry import scan
 __all__ = ["Method", "Option", "Options", "Outcome", "Part", "get", "methods", "options"]
 
 # Every method is asked for these, whether or not it declares them.
-_COMMON = {"rank", "max_tile_bytes"}
+_COMMON = {"rank", "key", "max_tile_bytes"}
 
 
 def methods() -> Mapping[str, Method]:

@@ -13,15 +13,24 @@ from loratools.maths.lowrank import Factors
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one adapter brings to one merged weight.
+    """What one adapter brings to one merged weight: ΔW = scale · up @ down.
 
     Attributes:
-        factors: Its ΔW, the module's own scale folded in.
+        factors: up and down.
         weight: The user's multiplier; 0 is absence, negative subtracts.
+        scale: The module's own.
+        source: The adapter's position among the inputs, of which some may not change this weight.
     """
 
     factors: Factors
     weight: float = 1.0
+    scale: float = 1.0
+    source: int = 0
+
+    @property
+    def multiplier(self) -> float:
+        """What up @ down is multiplied by, weight and scale together."""
+        return self.weight * self.scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +42,14 @@ class Options:
         density: The fraction of elements kept when trimming, in (0, 1].
         lam: λ, what the merged matrix is multiplied by.
         seed: Of whatever is random.
+        epsilon: How far probabilities of being kept lie apart, as a fraction of all elements.
+        gamma: The fraction of the largest elements that is removed, in [0, 1).
+        majority: How a sign is elected: "total" (by the sum) or "frequency" (by the count).
+        common: The fraction of the result's directions that all adapters share, in [0, 1].
+        part_rank: How many directions of each adapter are used, a count; None for what the method does without one.
+        beta: The share that the past keeps in a moving average, in [0, 1).
+        width: The relative width of a power-function average (σ_rel), or 0 for a moving average of ``beta``.
+        key: The module's name, which random draws depend on; set by the operation.
         max_tile_bytes: How large a full matrix may be (bytes, as float64) and still be held between sweeps
             rather than computed again. It changes speed and memory, never the result.
     """
@@ -41,6 +58,14 @@ class Options:
     density: float = 0.2
     lam: float = 1.0
     seed: int = 0
+    epsilon: float = 0.1
+    gamma: float = 0.01
+    majority: str = "total"
+    common: float = 0.8
+    part_rank: int | None = None
+    beta: float = 0.95
+    width: float = 0.0
+    key: str = ""
     max_tile_bytes: int = 64 << 20
 
 
@@ -104,6 +129,11 @@ class Method:
         lossless: Whether the result without a rank holds the full ΔW that the method defines.
         options: The settings it reads.
         rule: The arithmetic, given at least one part of weight other than 0 and checked options.
+        laws: What holds of the ΔW that it defines, before any truncation: "identity" (one adapter at weight 1 is
+            itself), "order-free" (the order of the adapters does not matter), "linear" (it is linear in each weight),
+            "homogeneous" (all weights multiplied by one positive number multiply the result), "sum" (it is the
+            weighted sum at density 1).
+        most: How many adapters it can take, a count; None for any number.
     """
 
     name: str
@@ -111,6 +141,8 @@ class Method:
     lossless: bool
     options: tuple[Option, ...]
     rule: Callable[[Sequence[Part], Options], Outcome]
+    laws: tuple[str, ...] = ()
+    most: int | None = None
 
     def check(self, options: Options) -> None:
         """Refuse values that this method cannot use.

@@ -18,9 +18,9 @@ from loratools.methods._base import Method, Options, Outcome, Part
 
 
 def _combine(parts: Sequence[Part], _options: Options) -> Outcome:
-    if len(parts) == 1 and parts[0].weight == 1.0:
+    if len(parts) == 1 and parts[0].multiplier == 1.0:
         return Outcome(parts[0].factors)
-    return Outcome(stack([part.factors for part in parts], [part.weight for part in parts]))
+    return Outcome(stack([part.factors for part in parts], [part.multiplier for part in parts]))
 
 
 METHOD = Method(
@@ -29,4 +29,5 @@ METHOD = Method(
     lossless=True,
     options=(),
     rule=_combine,
+    laws=("identity", "order-free", "linear", "homogeneous", "sum"),
 )

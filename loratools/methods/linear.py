@@ -20,17 +20,17 @@ from loratools.methods._base import RANK, Method, Options, Outcome, Part
 def _combine(parts: Sequence[Part], options: Options) -> Outcome:
     if len(parts) == 1 and options.rank is None:
         return Outcome(_weighted(parts[0]))
-    stacked = stack([part.factors for part in parts], [part.weight for part in parts])
+    stacked = stack([part.factors for part in parts], [part.multiplier for part in parts])
     compressed = compress(stacked, options.rank)
     return Outcome(compressed.factors, compressed.energy, compressed.square)
 
 
 def _weighted(part: Part) -> Factors:
     """The factors as they are, the weight in up; at weight 1 the very same tensors."""
-    if part.weight == 1.0:
+    if part.multiplier == 1.0:
         return part.factors
     wide = part.factors.to(COMPUTE)
-    return Factors(wide.up * part.weight, wide.down)
+    return Factors(wide.up * part.multiplier, wide.down)
 
 
 METHOD = Method(
@@ -39,4 +39,5 @@ METHOD = Method(
     lossless=True,
     options=(RANK,),
     rule=_combine,
+    laws=("identity", "order-free", "linear", "homogeneous", "sum"),
 )

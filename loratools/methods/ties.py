@@ -48,7 +48,7 @@ def _merged(parts: Sequence[Part], options: Options) -> Sweep:
         magnitude_cut(held(sweep, shape, options.max_tile_bytes), shape[0] * shape[1], options.density)
         for sweep in sweeps
     ]
-    weights = [part.weight for part in parts]
+    weights = [part.multiplier for part in parts]
 
     def sweep() -> Iterator[Tile]:
         for tiles in zip(*(sweep() for sweep in sweeps), strict=True):
@@ -79,4 +79,5 @@ METHOD = Method(
     lossless=False,
     options=(RANK, DENSITY, LAMBDA, SEED),
     rule=_combine,
+    laws=("order-free", "homogeneous"),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -66,16 +66,18 @@ def combine(asked: Request, target: Target, contributions: Sequence[Contribution
     if len(active) == 1 and _carries(asked, active[0]):
         size = active[0].module.scale ** 2 * _energy_of(factors[0].to(COMPUTE))
         return Combined(_carried(active[0].module, asked, target), sources, size=size)
-    # Weight and scale multiply the same product, and reach the factors in one go.
-    weights = [_weight(asked, each) * each.module.scale for each in active]
     if bad:
         # Nothing can be decomposed that holds NaN: side by side, the factors keep it where it was.
+        weights = [_weight(asked, each) * each.module.scale for each in active]
         merged = _for_scale(asked, stack(factors, weights))
         return Combined(
             _module(asked, target, active, merged), sources, note=f"{target} holds NaN or Inf and was stacked"
         )
-    parts = [methods.Part(*pair) for pair in zip(factors, weights, strict=True)]
-    outcome = asked.method.combine(parts, asked.options)
+    parts = [
+        methods.Part(pair, _weight(asked, each), each.module.scale, each.source)
+        for each, pair in zip(active, factors, strict=True)
+    ]
+    outcome = asked.method.combine(parts, replace(asked.options, key=str(target)))
     merged = _for_scale(asked, outcome.factors.to(COMPUTE))
     module = _module(asked, target, active, merged)
     size = outcome.square if outcome.square is not None else _energy_of(outcome.factors.to(COMPUTE))
