@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from os import PathLike
 
+    from loratools.engine import Engine
     from loratools.ops.checkpoint_results import BakeReport, VerifyReport
     from loratools.ops.results import ConvertReport, Info
 
@@ -223,6 +224,7 @@ def bake(
     threads: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    engine: Engine | None = None,
 ) -> BakeReport:
     """Write a base checkpoint with adapters in it: W + Σ weight · ΔW, one tensor at a time.
 
@@ -243,6 +245,7 @@ def bake(
         threads: How many tensors are worked on side by side, a count; default: one per processor.
         overwrite: Whether an existing output may be replaced.
         dry_run: Plan and estimate; write nothing.
+        engine: Where to compute; default: this machine's threads.
 
     Returns:
         What changed, and how much of each ΔW survived the store dtype.
@@ -269,6 +272,7 @@ def bake(
         threads=threads,
         overwrite=overwrite,
         dry_run=dry_run,
+        engine=engine,
     )
 
 
@@ -322,6 +326,7 @@ def verify(
     skip_missing: bool = False,
     arch: str | None = None,
     threads: int | None = None,
+    engine: Engine | None = None,
 ) -> VerifyReport:
     """Whether a bake happened, and what of it survived the store dtype; ``.ok`` says it in a word.
 
@@ -334,6 +339,7 @@ def verify(
         skip_missing: Whether modules that the base has no weight for were left out.
         arch: The architecture, overriding detection.
         threads: How many tensors are worked on side by side, a count; default: one per processor.
+        engine: Where to compare; default: this machine's threads.
 
     Raises:
         LoraError: A file cannot be read, or the adapters do not fit the base.
@@ -349,6 +355,7 @@ def verify(
         skip_missing=skip_missing,
         arch=arch,
         threads=threads,
+        engine=engine,
     )
 
 

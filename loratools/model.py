@@ -97,6 +97,8 @@ class Module(NamedTuple):
         magnitude: DoRA's magnitude vector.
         magnitude_axis: "out" (one per output row) or "in" (one per input column); None without magnitude.
         in_first: Whether the base stores this weight as (in, out): GPT-2's Conv1D, embeddings.
+        variant: Which of the kind's formulas holds, as the configuration says it and the factors do not; empty for the
+            usual one.
     """
 
     target: Target
@@ -111,6 +113,7 @@ class Module(NamedTuple):
     magnitude: TensorRef | None = None
     magnitude_axis: str | None = None
     in_first: bool = False
+    variant: str = ""
 
     def tensors(self) -> Iterator[tuple[str, TensorRef]]:
         """Every tensor of the module with its role, in the file's usual order."""

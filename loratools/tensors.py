@@ -89,7 +89,7 @@ def nbytes(shape: tuple[int, ...], dtype: str) -> int:
 
 
 class Source(Protocol):
-    """Where a tensor's data lies."""
+    """Where a tensor's data lies. It can be pickled, by the file's name and place or as bytes."""
 
     def raw(self) -> memoryview:
         """The tensor's bytes, little-endian and C-contiguous, without a copy where possible."""
@@ -98,13 +98,18 @@ class Source(Protocol):
         """The tensor on the CPU, sharing memory with the source where possible."""
 
 
+def carried(data: memoryview) -> tuple[Any, ...]:
+    """How a source is pickled that whoever unpickles it could not find again: as its bytes."""
+    return BytesSource, (bytearray(data),)  # which may be written to: torch warns of others
+
+
 class BytesSource:
     """Data that lies in a buffer: a mapped file, or bytes in memory."""
 
     __slots__ = ("buffer",)
 
-    def __init__(self, buffer: memoryview) -> None:
-        self.buffer = buffer
+    def __init__(self, buffer: memoryview | bytearray) -> None:
+        self.buffer = memoryview(buffer)
 
     def raw(self) -> memoryview:
         """The buffer itself."""
@@ -118,6 +123,9 @@ class BytesSource:
         if not self.buffer.nbytes:
             return torch.empty(shape, dtype=kind)
         return torch.frombuffer(self.buffer, dtype=kind).reshape(shape)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return carried(self.buffer)
 
 
 class LazySource:
@@ -135,6 +143,9 @@ class LazySource:
     def torch(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:  # noqa: ARG002 - the tensor knows
         """The computed tensor."""
         return self.load()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return carried(self.raw())
 
 
 class TensorRef(NamedTuple):

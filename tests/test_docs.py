@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 
 from loratools import archs, formats
-from loratools.ops import _probe
+from loratools.cli import cli, rank_options
+from loratools.ops import (
+    _bake_shards,
+    _extract_options,
+    _network,
+    _probe,
+    _quantised,
+    _verify_tasks,
+    bake,
+)
 from loratools.registry import scan
 from tests import render_tables
 from tests.kinds import samples
@@ -105,6 +117,90 @@ def test_every_method_option_is_documented() -> None:
         option.name for method in scan("loratools.methods", "METHOD").values() for option in method.options
     }
     assert not [name for name in names if f"`--{name}`" not in text]
+
+
+def test_kinds_that_cannot_be_baked_are_said_to_be_refused() -> None:
+    rows = [row for row in cells("formats.md") if len(row) == 7]
+    column = rows[0].index("bake")
+    stated = {name: row[column] for row in rows[1:] for name in names(row[0])}
+    for name, kind in scan("loratools.kinds", "KIND").items():
+        assert stated[name] == ("yes" if kind.dense is not None else "refused by name"), name
+
+
+def first_cells(page: str, header: str) -> set[str]:
+    """What stands between backticks in the first column of the table with this first heading."""
+    text = (ROOT / "docs" / page).read_text("utf-8")
+    table = re.search(rf"^\| {re.escape(header)} \|.*\n\|-[-|]*\n((?:\|.*\n)+)", text, re.MULTILINE)
+    assert table is not None, f"docs/{page} has no table with the heading {header!r}"
+    return {name for line in table[1].splitlines() for name in names(line.split("|")[1])}
+
+
+def test_roundings_are_described() -> None:
+    assert first_cells("checkpoints.md", "`--rounding`") == {*bake.ROUNDINGS}
+
+
+def test_ways_to_decompose_are_described() -> None:
+    assert first_cells("checkpoints.md", "`--svd`") == {*_extract_options.SVDS}
+
+
+def test_verdicts_are_described() -> None:
+    tasks = _verify_tasks
+    verdicts = {*(tasks.BAKED, tasks.PARTLY, tasks.NOT_BAKED, tasks.WRONG, tasks.UNEXPECTED, tasks.ABSENT)}
+    assert first_cells("checkpoints.md", "verdict") == verdicts
+
+
+def test_rank_rules_are_described_with_their_tags() -> None:
+    rows = [row for row in cells("checkpoints.md") if row[0].startswith("`--") and len(row) == 3]
+    described = {
+        name.split()[0].removeprefix("--"): row[2].strip("`") for row in rows for name in names(row[0])
+    }
+    assert {*rank_options.RULES} <= described.keys()
+    values: tuple[float | str, ...] = (32, 0.95, 10, 0.1, "20MB")
+    for kind, value in zip(rank_options.RULES, values, strict=True):
+        assert _extract_options._rule({kind: value})[3] == described[kind]
+
+
+def test_what_baking_knows_by_name_is_listed() -> None:
+    text = (ROOT / "docs" / "checkpoints.md").read_text("utf-8")
+    weights = [name for name in _network.SCALES if "input" not in name]
+    assert not [name for name in (*_bake_shards._STALE, *weights) if f"`{name}`" not in text]
+    schemes = {*_quantised._METHODS.values()} - {"EETQ", "ModelOpt"}
+    assert not [scheme for scheme in schemes if scheme not in text]
+
+
+def test_options_that_are_mentioned_are_there() -> None:
+    context = click.Context(cli)
+    commands = [cli.get_command(context, name) for name in cli.list_commands(context)]
+    known = {name for command in commands if command for param in command.params for name in param.opts}
+    text = (ROOT / "docs" / "checkpoints.md").read_text("utf-8")
+    assert not {*re.findall(r"`(--[a-z][a-z-]*)", text)} - known
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The blocks of a page that are marked as this language."""
+    text = (ROOT / "docs" / page).read_text("utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def test_what_the_commands_print_is_quoted_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    script, *commands = blocks("checkpoints.md", "bash")[0].splitlines()
+    _, file, *arguments = script.split()
+    monkeypatch.setattr("sys.argv", [file, *arguments])
+    runpy.run_path(str(ROOT / file), run_name="__main__")
+    printed: set[str] = set()
+    # The last one again, at a strength that the result does not have.
+    for command, status in (*((line, 0) for line in commands), (f"{commands[-1]} --weights 0.5", 1)):
+        result = CliRunner().invoke(cli, command.split()[1:], terminal_width=100)
+        assert result.exit_code == status, result.output
+        printed |= {_plain(line) for line in result.stdout.splitlines()}
+    quoted = {_plain(line) for block in blocks("checkpoints.md", "text") for line in block.splitlines()}
+    # A model of another kind is not made here.
+    assert not {line for line in quoted - printed if "lm_head" not in line}
+
+
+def _plain(line: str) -> str:
+    return " ".join(line.split())
 
 
 def test_links_between_pages_lead_somewhere() -> None:

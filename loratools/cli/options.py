@@ -217,8 +217,15 @@ _debug: Decorator[Any] = click.option(
 )
 
 
+def _a_name(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Callback of --output: a script's variable that is empty must not stand for the default."""
+    if value == "":
+        raise click.BadParameter("the name is empty. Give a file's or a folder's name.", ctx, param)
+    return value
+
+
 def _named_output(text: str, *, required: bool = True) -> Decorator[Any]:
-    return click.option("--output", "-o", required=required, metavar="OUT", help=text)
+    return click.option("--output", "-o", required=required, callback=_a_name, metavar="OUT", help=text)
 
 
 _output = _named_output("Where to write: a .safetensors file, or a folder where the layout wants one (peft).")

@@ -21,8 +21,9 @@ Renderer = Callable[[int, "Symbols"], "RenderableType"]
 
 # Widths in cells: with an amount and a rate of bytes, all of a bar fits into 80.
 _ROOM = 40
-_ROOM_BESIDE_BYTES = 16
+_LEAST_BESIDE_BYTES = 16
 _BAR_BESIDE_BYTES = 18
+_BAR_AND_BYTES = 64  # all that stands before the name
 
 
 def write_json(value: Any, *, written: str | None = None) -> None:
@@ -101,18 +102,25 @@ def progress(doing: str, *, quiet: bool = False, in_bytes: bool = False) -> Iter
     if quiet or not sys.stderr.isatty():
         yield None
         return
-    from rich.progress import Progress, TextColumn
+    from rich.progress import BarColumn, Progress, TextColumn
     from rich.text import Text
 
     from loratools.report.values import clean
 
-    columns = (TextColumn(doing), *_columns(in_bytes), TextColumn("{task.fields[current]}", markup=False))
-    room = _ROOM_BESIDE_BYTES if in_bytes else _ROOM
-    with Progress(*columns, console=_console(stderr=True), transient=True) as shown:
+    counted = (TextColumn(doing), *_columns(in_bytes), TextColumn("{task.fields[current]}", markup=False))
+    console = _console(stderr=True)
+    room = max(_LEAST_BESIDE_BYTES, console.width - _BAR_AND_BYTES) if in_bytes else _ROOM
+    # Until it is known how much there is to do, an amount and a rate would be question marks.
+    planning = (TextColumn(f"{doing}: looking at the files"), BarColumn(_BAR_BESIDE_BYTES))
+    with Progress(*planning, console=console, transient=True) as shown:
         task = shown.add_task(doing, total=None, current="")
 
         def update(name: str, done: int, total: int) -> None:
+            shown.columns = counted
             current = Text(clean(name))
+            if in_bytes and current.cell_len > room:
+                # Names in a checkpoint begin alike: what tells them apart is their end.
+                current = Text("…" + current.plain[1 - room :])
             current.truncate(room, overflow="ellipsis")
             shown.update(task, completed=done, total=total, current=current.plain)
 

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from loratools.errors import MalformedFileError
+from loratools.errors import MalformedFileError, UnsupportedKindError
 from loratools.formats._base import Scale
-from loratools.model import Module
+from loratools.model import Adapter, Module
 
 # Initialisations that take part of the base weight into the factors, and leave the rest as the base.
 _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -37,6 +37,8 @@ _TRAINING: dict[str, Any] = {
     "lora_ga_config": None,
     "init_lora_weights": True,
 }
+# PEFT's defaults for OFT: how many terms of a series, and the limit of the constrained form.
+_TERMS, _EPS = 5, 6e-5
 # What PEFT adds to the rank that AdaLoRA's pruning left.
 _PRUNED = 1e-5
 # What configurations of all of PEFT's methods say.
@@ -126,6 +128,44 @@ def _mutated(config: Mapping[str, Any]) -> str:
     if config.get("layer_replication"):
         return "layer_replication repeats layers: their numbers are not those of the base"
     return ""
+
+
+def variant(config: Mapping[str, Any]) -> str:
+    """How PEFT's OFT makes rotations of what it stores, as :mod:`loratools.kinds.oft` reads it; empty for its default.
+
+    Source: PEFT ``tuners/oft/config.py``.
+    """
+    if config.get("peft_type") != "OFT":
+        return ""
+    words = []
+    terms = config.get("num_cayley_neumann_terms", _TERMS)
+    if config.get("use_cayley_neumann") is False:
+        words.append("cayley")
+    elif isinstance(terms, int) and terms != _TERMS:
+        words.append(f"neumann={terms}")
+    if config.get("coft"):
+        eps = config.get("eps")
+        words.append(f"coft={eps if isinstance(eps, float) else _EPS}")
+    return " ".join(words)
+
+
+def refuse_changed_base(adapter: Adapter) -> None:
+    """Refuse what is only valid on a base that its training has changed: PiSSA and the like, repeated layers.
+
+    Raises:
+        UnsupportedKindError: It is such.
+    """
+    note = _mutated(adapter.config)
+    if not note:
+        return
+    first = "init_lora_weights to true" if "init_lora_weights" in note else "layer_replication to null"
+    raise UnsupportedKindError(
+        note,
+        path=adapter.path or None,
+        expected="An adapter of the base as it was published was expected",
+        todo="Save it with PEFT's path_initial_model_for_weight_conversion; or, where the base given is the changed "
+        f"one, set {first} in adapter_config.json",
+    )
 
 
 def build(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools import kinds
 from loratools.errors import IncompleteModuleError, NotAnAdapterError
-from loratools.formats import _classify, _scaling
+from loratools.formats import _classify, _peft_config, _scaling
 from loratools.formats._base import Facts, Format, Group
 from loratools.formats._claimed import Claimed
 from loratools.formats._group import group, magnitude_axis
@@ -143,6 +143,7 @@ class _Reader:
         self.format = self._format()
         self.flipped = self.format.flipped(self.facts)
         self.in_first = bool(facts.config.get("fan_in_fan_out"))
+        self.variant = _peft_config.variant(facts.config)
         owners = (str(name).rpartition(".")[0] for name in facts.config.get("target_parameters") or ())
         self.packed = {owner for owner in owners if owner}
 
@@ -245,6 +246,7 @@ class _Reader:
             magnitude,
             axis,
             in_first,
+            self.variant,
         )
 
     def _kind(
@@ -298,8 +300,9 @@ def refuse_other_types(adapter: Adapter) -> None:
     """
     if adapter.type == "adapter":
         return
+    extract = "; `loratools extract BASE TUNED` makes an adapter of what a training has changed in one"
     raise NotAnAdapterError(
         f"this is {_classify.TITLES.get(adapter.type, adapter.type)}, not a LoRA adapter",
         path=adapter.path or None,
-        todo="`loratools info` describes it",
+        todo="`loratools info` describes it" + extract * (adapter.type == "checkpoint"),
     )

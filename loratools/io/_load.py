@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -17,18 +18,45 @@ if TYPE_CHECKING:
 
     from loratools.io.base import Weight
 
+_KEPT = 128 << 20  # bytes: larger tensors are few, and are not worth memory that is held for them
 
-def load(weight: Weight) -> torch.Tensor:
+
+class Room(threading.local):
+    """Memory for one tensor in each thread, used again for the next.
+
+    Memory that is given back and asked for anew is cleared by the system page by page, which takes longer than
+    reading a tensor into it.
+    """
+
+    _held: torch.Tensor | None = None
+
+    def of(self, size: int) -> torch.Tensor:
+        """Memory for so many bytes, (size,) of uint8, with any values; this thread's last is the same."""
+        import torch
+
+        if size > _KEPT:
+            return torch.empty(size, dtype=torch.uint8)
+        if self._held is None or len(self._held) < size:
+            self._held = None  # what is too small makes room first
+            self._held = torch.empty(size, dtype=torch.uint8)
+        return self._held[:size]
+
+
+def load(weight: Weight, room: Room | None = None) -> torch.Tensor:
     """The tensor in its store dtype, in memory of its own.
 
     A tensor without a ``start`` is taken from its file by torch; the last such file stays open for the next.
+
+    Args:
+        weight: Which.
+        room: Memory that it may lie in, until the same thread loads another there.
 
     Raises:
         MalformedFileError: torch has no dtype for it (4 and 6 bits), or the file is shorter than it was.
         ReadError: It cannot be read.
     """
     if weight.start is not None or not weight.nbytes:
-        return _read(weight, weight.start or 0, weight.shape)
+        return _read(weight, weight.start or 0, weight.shape, room)
     import torch
 
     return _from_file(weight).clone(memory_format=torch.contiguous_format)
@@ -49,7 +77,7 @@ def load_rows(weight: Weight, start: int, stop: int) -> torch.Tensor:
     return _from_file(weight)[start:stop].clone(memory_format=torch.contiguous_format)
 
 
-def _read(weight: Weight, at: int, shape: tuple[int, ...]) -> torch.Tensor:
+def _read(weight: Weight, at: int, shape: tuple[int, ...], room: Room | None = None) -> torch.Tensor:
     """The tensor of this shape whose bytes begin at ``at``."""
     import torch
 
@@ -65,7 +93,8 @@ def _read(weight: Weight, at: int, shape: tuple[int, ...]) -> torch.Tensor:
         )
     if 0 in shape:
         return torch.empty(shape, dtype=kind)
-    data = torch.empty(nbytes(shape, weight.dtype), dtype=torch.uint8)
+    size = nbytes(shape, weight.dtype)
+    data = torch.empty(size, dtype=torch.uint8) if room is None else room.of(size)
     try:
         read_at(weight.file, at, data.numpy().data)
     except OSError as error:

@@ -19,8 +19,8 @@ PIPELINE = "model_index.json"
 NEEDED = "The base's weights are needed, or their index beside all its shards: names and shapes are in their headers"
 
 # What a library calls its own weights in a folder, best first; variants ("model.fp16.safetensors") come after.
-_STEMS = ("model", "diffusion_pytorch_model", "pytorch_model", "consolidated")
-_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
+STEMS = ("model", "diffusion_pytorch_model", "pytorch_model", "consolidated")
+SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 
 
 class Part(NamedTuple):
@@ -64,15 +64,13 @@ def part_of(folder: str, names: Collection[str]) -> Part | None:
         MalformedFileError: An index that is damaged or unsafe.
     """
     indices = [name for name in names if is_index(name)]
-    files = [
-        name for name in names if name.endswith(_SUFFIXES) and os.path.isfile(os.path.join(folder, name))
-    ]
+    files = [name for name in names if name.endswith(SUFFIXES) and os.path.isfile(os.path.join(folder, name))]
     if not indices and not files:
         return None
     best = min((*indices, *files), key=_preference)
     if best in indices:
         return sharded(folder, best)
-    if len(files) > 1 and _stem(best) not in _STEMS:
+    if len(files) > 1 and _stem(best) not in STEMS:
         raise MissingFileError(
             f"the folder holds {len(files)} files of weights and no index",
             path=folder,
@@ -117,7 +115,7 @@ def read_index(path: str) -> dict[str, Any]:
         MissingFileError: There is no such file.
         MalformedFileError: It is no index, or names files elsewhere.
     """
-    said = _read_json(path, "the index")
+    said = read_json(path, "the index")
     shards = said.get("weight_map") if isinstance(said, dict) else None
     if (
         not isinstance(shards, dict)
@@ -173,7 +171,7 @@ def read_config(folder: str) -> dict[str, Any]:
     path = os.path.join(folder, CONFIG)
     if not os.path.isfile(path):
         return {}
-    said = _read_json(path, "the configuration")
+    said = read_json(path, "the configuration")
     if not isinstance(said, dict):
         raise MalformedFileError(
             f"the configuration is a JSON {type(said).__name__}",
@@ -210,7 +208,7 @@ def _preference(name: str) -> tuple[bool, int, int, bool, str]:
     """Safetensors before pickles, a library's own name before others, the plain file before its variants."""
     plain = name.removesuffix(".json").replace(".index", "") if is_index(name) else name
     stem = _stem(plain)
-    rank = _STEMS.index(stem) if stem in _STEMS else len(_STEMS)
+    rank = STEMS.index(stem) if stem in STEMS else len(STEMS)
     return ".safetensors" not in plain, rank, plain.count("."), not is_index(name), name
 
 
@@ -229,7 +227,13 @@ def _is_name(name: str) -> bool:
     return name not in ("", ".", "..") and not set("/\\\0") & {*name} and name[1:2] != ":"
 
 
-def _read_json(path: str, what: str) -> object:
+def read_json(path: str, what: str) -> object:
+    """The content of a JSON file; ``what`` is what messages call it.
+
+    Raises:
+        MissingFileError: There is no such file.
+        MalformedFileError: It cannot be read.
+    """
     try:
         with open(path, encoding="utf-8") as stream:
             said: object = json.load(stream)

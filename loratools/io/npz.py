@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from loratools.errors import MalformedFileError, ReadError
 from loratools.io.archive import open_archive, read_member
 from loratools.io.mapped import TensorFile
-from loratools.tensors import DTYPES, BytesSource, TensorRef
+from loratools.tensors import DTYPES, BytesSource, TensorRef, carried
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +66,9 @@ class _MemberSource:
     def torch(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         """The data as a tensor."""
         return BytesSource(self.raw()).torch(shape, dtype)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return carried(self.raw())
 
 
 def read_npz(path: str, size: int) -> TensorFile:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import threading
 from types import TracebackType
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from loratools.errors import ReadError, ShapeError, WriteError
 from loratools.io.regions import read_at, write_at
-from loratools.tensors import DTYPES, TensorRef, dtype_of, nbytes, torch_bytes
+from loratools.tensors import DTYPES, TensorRef, carried, dtype_of, nbytes, torch_bytes
 
 if TYPE_CHECKING:
     import torch
 
 
 class SpooledSource:
-    """Data that lies in a spool, from ``start`` to ``stop`` (bytes); every look reads it anew."""
+    """Data that lies in a spool, from ``start`` to ``stop`` (bytes); every look reads it anew.
+
+    Pickled, it is the data: nobody else can open a file without a name.
+    """
 
     __slots__ = ("spool", "start", "stop")
 
@@ -44,6 +47,9 @@ class SpooledSource:
     def part(self, start: int, stop: int) -> SpooledSource:
         """The bytes from ``start`` to ``stop`` of these."""
         return SpooledSource(self.spool, self.start + start, self.start + stop)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return carried(self.raw())
 
 
 class Spool:

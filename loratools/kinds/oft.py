@@ -8,7 +8,9 @@ multiplies the rows of the result.
 
 PEFT and OneTrainer turn the inputs: W' = W · blockdiag(R)ᵀ. ``oft_R.weight`` (blocks, size · (size − 1) / 2) holds the
 upper triangle of Q, one row for all blocks where they are shared, and R = I + 2Q + 2Q² + 2Q³ + Q⁴: the first five
-terms of its Neumann series, PEFT's default. Its files do not say where another count was chosen in training.
+terms of its Neumann series, PEFT's default. Where its configuration says so (``Module.variant``), the terms are others
+("neumann=7"); R is what the default of older releases makes it, (I − Q)(I + Q)⁻¹, which turns the other way round
+("cayley"); or each block of Q is shortened to a norm of eps / √blocks before ("coft=6e-05").
 """
 
 from __future__ import annotations
@@ -97,7 +99,7 @@ def _inputs_turned(module: Module, weight: torch.Tensor) -> torch.Tensor:
     skew = triangle.new_zeros(triangle.shape[0], size, size)
     rows, columns = torch.triu_indices(size, size, 1)
     skew[:, rows, columns] = triangle
-    turns = _neumann(skew - skew.mT)
+    turns = _turns_of(module, skew - skew.mT)
     count = weight.shape[1] // size if turns.shape[0] == 1 else turns.shape[0]
     if count * size != weight.shape[1] or size * (size - 1) != 2 * packed.shape[1]:
         raise _misfit(module, turns, weight.shape[1], "inputs")
@@ -138,13 +140,43 @@ def _cayley(skew: torch.Tensor) -> torch.Tensor:
     return turns
 
 
-def _neumann(skew: torch.Tensor) -> torch.Tensor:
-    """The first five terms of the series of (I + Q)(I − Q)⁻¹; the last is not doubled."""
+def _turns_of(module: Module, skew: torch.Tensor) -> torch.Tensor:
+    """R of every block by PEFT's rule, which the module's variant names.
+
+    Raises:
+        UnsupportedKindError: Nobody knows that variant.
+    """
+    said = {name: value for name, _, value in (word.partition("=") for word in module.variant.split())}
+    if said.keys() - {"cayley", "coft", "neumann"}:
+        raise _unknown(module)
+    if "coft" in said:
+        skew = _projected(skew, float(said["coft"]))
+    return _cayley(-skew) if "cayley" in said else _neumann(skew, int(said.get("neumann", 5)))
+
+
+def _projected(skew: torch.Tensor, eps: float) -> torch.Tensor:
+    """Constrained OFT: blocks of a norm of eps / √blocks at most."""
+    limit = eps / math.sqrt(len(skew))
+    norms: torch.Tensor = skew.flatten(1).norm(dim=1).clamp_min(limit)
+    return skew * (limit / norms)[:, None, None]
+
+
+def _neumann(skew: torch.Tensor, terms: int) -> torch.Tensor:
+    """The first terms of the series of (I + Q)(I − Q)⁻¹; beyond two terms, the last is not doubled.
+
+    Source: PEFT ``tuners/oft/layer.py``, whose last term has the power ``terms − 1``, and is a cube at the least.
+    """
     import torch
 
-    square = skew @ skew
-    cube = square @ skew
-    return torch.eye(skew.shape[-1], dtype=skew.dtype) + 2 * (skew + square + cube) + cube @ skew
+    turns = torch.eye(skew.shape[-1], dtype=skew.dtype) + (2 * skew if terms > 1 else 0)
+    if terms <= 2:
+        return turns.expand_as(skew)
+    power = skew @ skew
+    turns = turns + 2 * power
+    for _ in range(3, terms - 1):
+        power = power @ skew
+        turns = turns + 2 * power
+    return turns + power @ skew
 
 
 def _unknown(module: Module) -> UnsupportedKindError:

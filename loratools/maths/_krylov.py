@@ -16,11 +16,15 @@ small against θ_k²: low rank plus noise, spectra that decay.
 the exact way. There the gap shrinks at least like 1/q² in the number of products q, the rate that block Krylov spaces
 of a Gaussian start have for every spectrum (Musco & Musco 2015, theorem 1); if the last product gained δ, then
 δ·q²/(2q + 1) remains. Where gains shrink by a factor ρ from one product to the next, δ·ρ/(1 − ρ) remains. The smaller
-of the two is taken for every θᵢ² by itself, ρ no less than a quarter, and the sum is doubled (more at ranks of a
-few), since these are rates and no bounds with constants: tests compare it with the truth. It is an estimate that only
-the random start protects, not a proof; the residual's bound is one, and the exact way needs none. The Gaussian
-block is wider than the rank by the oversampling, so that missing a leading direction has negligible probability
-(Halko, Martinsson, Tropp, SIAM Review 2011, section 10).
+of the two is taken for every θᵢ² by itself, ρ no less than a quarter, and half as much again is added to the sum (more
+at ranks of a few), since these are rates and no bounds with constants: tests compare it with the truth. It is an
+estimate that only the random start protects, not a proof; the residual's bound is one, and the exact way needs none.
+
+Blocks are as wide as the rank, to the next multiple of 16, so that equal singular values cannot hide from a Gaussian
+start. Wider ones (oversampling) need more columns in all before the error is as small, since the degree of the
+polynomial counts for more than the width: at rank 32 and 1280 x 1280, blocks of 48 took 240 and blocks of 32 took 160
+to 192 (Meyer, Musco, Musco: "On the unreasonable effectiveness of single vector Krylov methods for low-rank
+approximation", SODA 2024).
 
 Products are float32, all small algebra is float64. Where the energies subtract to a small remainder, it is
 computed from the matrix itself instead. A remainder below what float32 resolves is left to the exact way.
@@ -37,20 +41,21 @@ import numpy as np
 import torch
 
 from loratools.maths._approximation import Approximation, polished
+from loratools.maths._blocks import Rows, new_directions
 from loratools.maths.rank import Float64, Rule, needed
 
 COMPUTE = torch.float64
 
-_OVERSAMPLING = 10
-_WIDTH_STEP = 8
+# Matrix products are quickest per column at these widths.
+_WIDTH_STEP = 16
 _FEWEST_PRODUCTS = 2
-_SAFETY = 2.0
+_SAFETY = 1.5
 _FASTEST, _SLOWEST = 0.25, 0.999
-# Below this share of ‖D‖² the remainder is no longer taken from a difference of float32 sums.
-_SUBTRACTED = 1e-3
+# Below this share of ‖D‖² the remainder is no longer taken from a difference: that is off by about 1e-8.
+_SUBTRACTED = 3e-5
 # Below this share, rounding in float32 products is no longer small against the remainder's own directions.
 _RESOLVED = 1e-9
-_TILE_ELEMENTS = 1 << 20
+_TILE_ELEMENTS = 1 << 22
 
 
 class Target(NamedTuple):
@@ -88,8 +93,8 @@ class _Ended(NamedTuple):
 
 
 def width_for(rank: int) -> int:
-    """Columns of a block that finds this rank: at least 10 more, a multiple of 8."""
-    return -(-(rank + _OVERSAMPLING) // _WIDTH_STEP) * _WIDTH_STEP
+    """Vectors in a block that finds this rank: at least as many, a multiple of 16."""
+    return -(-rank // _WIDTH_STEP) * _WIDTH_STEP
 
 
 def search(
@@ -109,7 +114,7 @@ def search(
     """
     found: list[Approximation | None] = [None] * len(sizes)
     active = list(range(len(sizes)))
-    state = _State.begin(matrices, sizes, width, target.seed)
+    state = _State.begin(matrices, sizes, width, target.seed, products)
     for number in range(1, products + 1):
         state.multiply()
         ends = [state.judge(place, target, number) for place in range(len(active))]
@@ -117,7 +122,7 @@ def search(
             if end is not None and end.rank is not None:
                 found[active[place]] = state.finish(place, end)
         going = [place for place, end in enumerate(ends) if end is None]
-        if not going or state.basis.shape[2] + width > matrices.shape[2]:
+        if not going or state.basis.shape[1] + width > matrices.shape[2]:
             break
         if len(going) < len(active):
             state.keep(going)
@@ -128,44 +133,64 @@ def search(
 class _State:
     """The bases of a batch of matrices while they grow.
 
+    Vectors are rows here, so that a basis grows by contiguous pieces.
+
     Attributes:
-        basis: Q, (n, in, b) float32, orthonormal columns.
-        images: D·Q, (n, out, b), float32 products held in float64.
+        block: The newest directions, (n, width, in) float32, orthonormal rows.
+        basis: Qᵀ, (n, b, in) float32, orthonormal rows.
+        images: (D·Q)ᵀ, (n, b, out), float32 products held in float64.
         small: T, (n, b, b) float64.
         values: The eigenvalues of T per matrix, descending.
         gains: Per matrix, what each of them grew by in the latest product and in the one before.
     """
 
-    def __init__(self, matrices: torch.Tensor, sizes: list[Size], block: torch.Tensor) -> None:
+    def __init__(
+        self, matrices: torch.Tensor, sizes: list[Size], block: torch.Tensor, basis: Rows, images: Rows
+    ) -> None:
         self.matrices, self.sizes, self.block = matrices, sizes, block
-        count, out, width = matrices.shape
-        self.width = int(block.shape[2])
-        self.basis = block.new_empty(count, width, 0)
-        self.images = block.new_empty(count, out, 0, dtype=COMPUTE)
-        self.small = block.new_empty(count, 0, 0, dtype=COMPUTE)
+        self.width = int(block.shape[1])
+        self._basis, self._images = basis, images
+        self.small = block.new_empty(len(sizes), 0, 0, dtype=COMPUTE)
         self.coupling: torch.Tensor | None = None
         self.values: list[Float64] = []
         self.gains: list[list[Float64]] = [[] for _ in sizes]
 
     @classmethod
-    def begin(cls, matrices: torch.Tensor, sizes: list[Size], width: int, seed: int) -> _State:
+    def begin(
+        cls, matrices: torch.Tensor, sizes: list[Size], width: int, seed: int, products: int = 4
+    ) -> _State:
         """A start that is drawn on the CPU and the same for every matrix, so that no device or batch changes it."""
         generator = torch.Generator().manual_seed(seed)
-        start = torch.linalg.qr(torch.randn(matrices.shape[2], width, generator=generator)).Q
-        block = start.to(matrices.device).expand(matrices.shape[0], -1, -1).contiguous()
-        return cls(matrices, sizes, block)
+        start = torch.linalg.qr(torch.randn(matrices.shape[2], width, generator=generator)).Q.mT
+        count, out, inner = matrices.shape
+        block = start.to(matrices.device).expand(count, -1, -1).contiguous()
+        most = min(width * products, inner)
+        # Pages that are never written to take no memory.
+        basis = Rows(block.new_empty(count, most, inner))
+        images = Rows(block.new_empty(count, most, out, dtype=COMPUTE))
+        return cls(matrices, sizes, block, basis, images)
+
+    @property
+    def basis(self) -> torch.Tensor:
+        """See the class."""
+        return self._basis.held
+
+    @property
+    def images(self) -> torch.Tensor:
+        """See the class."""
+        return self._images.held
 
     def multiply(self) -> None:
         """Take one more block into the basis."""
         if self.values:
             self.advance()
         self.coupling = None
-        image = (self.matrices @ self.block).to(COMPUTE)
-        self.basis = torch.cat([self.basis, self.block], dim=2)
-        self.images = torch.cat([self.images, image], dim=2)
-        column = self.images.mT @ image
+        image = (self.block @ self.matrices.mT).to(COMPUTE)
+        self._basis.append(self.block)
+        self._images.append(image)
         old = self.small.shape[1]
-        self.small = torch.cat([torch.cat([self.small, column[:, :old]], 2), column.mT], 1)
+        row = image @ self.images.mT
+        self.small = torch.cat([torch.cat([self.small, row[:, :, :old].mT], 2), row], 1)
         found = torch.linalg.eigvalsh(self.small).flip(1).clamp_min(0.0).cpu().numpy()
         for place, before in enumerate(self.values):
             gain = (found[place][: before.size] - before).clip(0.0)
@@ -175,16 +200,17 @@ class _State:
     def advance(self) -> torch.Tensor:
         """Replace the block by what its image under DᵀD adds to the basis; its coefficients there, β."""
         if self.coupling is None:
-            further = self.matrices.mT @ self.images[:, :, -self.width :].to(self.matrices.dtype)
-            self.block, self.coupling = _new_directions(further, self.basis)
+            image = self.images[:, -self.width :].to(self.matrices.dtype)
+            self.block, self.coupling = new_directions(image @ self.matrices, self.basis)
         return self.coupling
 
     def keep(self, places: list[int]) -> None:
         """Go on with some of the matrices alone."""
         index = torch.tensor(places, device=self.block.device)
-        self.matrices, self.block, self.basis, self.images, self.small = (
-            tensor[index] for tensor in (self.matrices, self.block, self.basis, self.images, self.small)
+        self.matrices, self.block, self.small = (
+            tensor[index] for tensor in (self.matrices, self.block, self.small)
         )
+        self._basis, self._images = self._basis.chosen(index), self._images.chosen(index)
         self.coupling = None if self.coupling is None else self.coupling[index]
         self.sizes = [self.sizes[place] for place in places]
         self.values = [self.values[place] for place in places]
@@ -198,7 +224,7 @@ class _State:
         outside = self._outside(place)
         tails = outside + np.append(np.cumsum(squares[::-1])[::-1], 0.0)
         meaningful = int(np.argmax(tails <= noise)) if outside <= noise else None
-        full = min(int(self.basis.shape[1]), int(self.images.shape[1]))
+        full = min(self.matrices.shape[1:])
         rank = needed(target.rule, np.sqrt(squares), energy, full)
         if meaningful is not None and (rank is None or meaningful < rank):
             lost = float(tails[meaningful])
@@ -216,8 +242,9 @@ class _State:
         """The singular vectors of the approximation within the basis."""
         rank = end.rank or 0
         vectors = torch.linalg.eigh(self.small[place]).eigenvectors.flip(1)[:, :rank]
-        right = self.basis[place].to(COMPUTE) @ vectors
-        left = self.images[place] @ vectors
+        # The product of the transposes is quicker than that with a transpose.
+        right = (vectors.mT @ self.basis[place].to(COMPUTE)).mT
+        left = (vectors.mT @ self.images[place]).mT
         u, sigma, vh = polished(left, right)
         return Approximation(u, sigma, vh, end.lost, end.gap, np.sqrt(self.values[place]))
 
@@ -228,12 +255,12 @@ class _State:
         if difference > _SUBTRACTED * energy:
             return difference
         matrix, basis = self.matrices[place], self.basis[place]
-        images = self.images[place].to(matrix.dtype)
+        images = self.images[place].mT.to(matrix.dtype)
         height = max(1, _TILE_ELEMENTS // matrix.shape[1])
         total = 0.0
         for start in range(0, matrix.shape[0], height):
             rest = torch.addmm(
-                matrix[start : start + height], images[start : start + height], basis.T, alpha=-1.0
+                matrix[start : start + height], images[start : start + height], basis, alpha=-1.0
             )
             total += float(torch.linalg.vector_norm(rest)) ** 2
         return total
@@ -264,11 +291,3 @@ class _State:
         ratio = np.clip(gains[0] / np.maximum(gains[1], np.finfo(np.float64).tiny), _FASTEST, _SLOWEST)
         remains = np.minimum(steps**2 / (2 * steps + 1), ratio / (1.0 - ratio))
         return safety * float(gains[0] @ remains)
-
-
-def _new_directions(image: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Orthonormal columns of what an image adds to a basis, and their coefficients in it, in float64."""
-    first, outer = torch.linalg.qr(image - basis @ (basis.mT @ image))
-    # Twice: where little is new, the first pass leaves rounding errors along the basis.
-    second, inner = torch.linalg.qr(first - basis @ (basis.mT @ first))
-    return second, inner.to(COMPUTE) @ outer.to(COMPUTE)

@@ -59,7 +59,7 @@ def _fits(largest: float, dtype: torch.dtype) -> bool:
         return True
     # Up to half a step beyond the largest value rounds to it. At exactly half the even neighbour is taken, which lies
     # beyond the range; only in float8_e4m3fn the largest value is the even one (its odd neighbour means NaN).
-    half = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(top)) / 2
+    half = math.ldexp(torch.finfo(dtype).eps, math.frexp(top)[1] - 2)
     return largest < top + half or (largest == top + half and dtype == torch.float8_e4m3fn)
 
 

@@ -21,6 +21,7 @@ from loratools.maths._gram_svd import decompose_exactly
 from loratools.maths._krylov import Size, Target, search, width_for
 from loratools.maths.lowrank import COMPUTE, Svd, signed
 from loratools.maths.rank import Float64, Rule, check_rule
+from loratools.maths.squares import square_of
 
 METHODS = ("auto", "exact", "randomized")
 
@@ -194,19 +195,19 @@ def _prepare(matrix: torch.Tensor, noise: float) -> _Prepared:
         NonFiniteError: It holds NaN or Inf.
     """
     matrix = matrix.detach().to(torch.float32)
-    low, high = (float(end) for end in matrix.aminmax())
-    largest = max(-low, high)
-    if not math.isfinite(largest):
+    energy = square_of(matrix)
+    if not math.isfinite(energy):
         raise NonFiniteError(
             f"a matrix of shape {list(matrix.shape)} holds NaN or Inf",
             expected="Finite values were expected",
         )
     exponent = 0
-    if largest > 0.0 and not _SAFE_LOW < largest < _SAFE_HIGH:
-        exponent = math.frexp(largest)[1]
+    # The largest number lies between the root of their mean square and the norm.
+    if energy and not (_SAFE_LOW**2 * matrix.numel() < energy < _SAFE_HIGH**2):
+        exponent = math.frexp(float(matrix.abs().max()))[1]
         matrix = (matrix.to(COMPUTE) * 2.0**-exponent).to(torch.float32)
+        energy = square_of(matrix)
     turned = matrix.shape[0] < matrix.shape[1]
-    energy = float(torch.linalg.vector_norm(matrix, dtype=COMPUTE)) ** 2
     size = Size(energy, math.ldexp(noise, -exponent))
     return _Prepared(matrix.mT if turned else matrix, exponent, turned, size)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from loratools.errors import NonFiniteError
@@ -17,6 +16,7 @@ from loratools.tensors import DTYPES, nbytes, torch_bytes
 if TYPE_CHECKING:
     import torch
 
+    from loratools.io._load import Room
     from loratools.ops._bake_tensor import BakedData, BakeJob
 
 Progress = Callable[[str, int, int], None]
@@ -52,18 +52,17 @@ class Meter:
         self._lock = threading.Lock()
 
     def show(self, name: str, done: int) -> None:
-        """Report the bytes done of the present file."""
+        """Report the bytes done of those that have to be written."""
         if self._report is not None:
             with self._lock:
                 self._report(name, min(self._before + done, self._total), self._total)
 
-    def next_file(self, size: int) -> None:
-        """A file is done."""
+    def skip(self, size: int) -> None:
+        """So many bytes need not be written."""
         self._before += size
-        self.show("", 0)
 
 
-class _Task(NamedTuple):
+class Task(NamedTuple):
     """One piece of work on one file.
 
     Attributes:
@@ -79,6 +78,18 @@ class _Task(NamedTuple):
     scale: str = ""
     cast: Cast | None = None
     added: Added | None = None
+
+
+class Made(NamedTuple):
+    """What one piece of work gives.
+
+    Attributes:
+        tensors: By key, as they are stored.
+        result: What became of a tensor that adapters changed, or None.
+    """
+
+    tensors: tuple[tuple[str, torch.Tensor], ...]
+    result: BakedTensor | None = None
 
 
 Writer = Rewrite | Restream
@@ -104,39 +115,11 @@ def size_of(plan: ShardPlan, store: str | None) -> int:
     return sum(nbytes(shape, dtype) for _, dtype, shape in plan.sizes(store))
 
 
-def write(plan: ShardPlan, writer: Writer, options: Options, meter: Meter) -> list[BakedTensor]:
-    """Compute and place all tensors of one file that change; the caller finishes it.
-
-    Args:
-        plan: Of the file.
-        writer: Its writer, which has begun to copy.
-        options: How to compute.
-        meter: Told after each tensor.
-
-    Returns:
-        What became of each tensor that adapters changed.
-    """
-    tasks = list(_tasks(plan))
-    if not tasks:
-        return []
-    # Only now: while torch is imported, the copying goes on.
-    from loratools.engine.local import Local
-
-    options = usable(options)
-    found = []
-    for result in Local(options.threads).run(partial(_work, writer, options), tasks):
-        if result is not None:
-            found.append(result)
-        meter.show(result.key if result is not None else "", writer.progress)
-    return found
-
-
 def usable(options: Options) -> Options:
     """The options with the device that "auto" means, or an error where the device is not there."""
     from loratools.ops import _device
 
-    wide = torch_dtype("F64" if options.precise else "F32")
-    return options._replace(device=_device.usable(options.device, auto="cpu", wanted=wide))
+    return options._replace(device=_device.usable(options.device, auto="cpu"))
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -147,44 +130,64 @@ def torch_dtype(name: str) -> torch.dtype:
     return found
 
 
-def _tasks(plan: ShardPlan) -> Iterator[_Task]:
+def tasks(plan: ShardPlan) -> Iterator[Task]:
+    """All work on one file; none where it is only copied."""
     for change in plan.changes:
         scale = change.scale.key if change.scale is not None and change.scale.key in plan.scales else ""
-        yield _Task(change=change, key=change.weight.key, scale=scale)
+        yield Task(change=change, key=change.weight.key, scale=scale)
     own = {change.weight.key for change in plan.changes}
     for key, change in plan.scales.items():
         if change.weight.key not in own:
-            yield _Task(change=change, scale=key)  # its weight lies in another file
+            yield Task(change=change, scale=key)  # its weight lies in another file
     for cast in plan.casts:
-        yield _Task(cast=cast)
+        yield Task(cast=cast)
     for added in plan.added:
-        yield _Task(change=added.change, key=added.key, added=added)
+        yield Task(change=added.change, key=added.key, added=added)
 
 
-def _work(writer: Writer, options: Options, task: _Task) -> BakedTensor | None:
+def work(options: Options, room: Room, task: tuple[Writer, Task]) -> BakedTensor | None:
+    """A task's result, put into its file; the memory that it lay in is used again."""
+    writer, own = task
+    return put(writer, made(options, own, room))
+
+
+def put(writer: Writer, made: Made) -> BakedTensor | None:
+    """Write what one piece of work gave."""
+    for key, tensor in made.tensors:
+        writer.put(key, torch_bytes(tensor))
+    return made.result
+
+
+def made(options: Options, task: Task, room: Room | None = None) -> Made:
+    """A task's result: a pure function, which may run in another process.
+
+    Args:
+        options: How to compute.
+        task: What.
+        room: Memory that the result may lie in, until the same thread asks for another.
+    """
     if task.change is not None:
-        return _baked(writer, options, task, task.change)
+        return _baked(options, task, task.change, room)
     if task.cast is not None:
-        writer.put(task.cast.weight.key, torch_bytes(_cast(task.cast)))
-    elif task.added is not None:
-        from loratools.io.base import load
+        return Made(((task.cast.weight.key, _cast(task.cast, room)),))
+    if task.added is None:
+        return Made(())
+    from loratools.io.base import load
 
-        copied = task.added.copied
-        stored = _cast(Cast(copied, options.store)) if options.store else load(copied)
-        writer.put(task.key, torch_bytes(stored))
-    return None
+    copied = task.added.copied
+    stored = _cast(Cast(copied, options.store), room) if options.store else load(copied, room)
+    return Made(((task.key, stored),))
 
 
-def _baked(writer: Writer, options: Options, task: _Task, change: Change) -> BakedTensor | None:
+def _baked(options: Options, task: Task, change: Change, room: Room | None) -> Made:
     from loratools.io.base import load
     from loratools.ops._bake_tensor import bake_tensor
 
-    data: BakedData = bake_tensor(job(change, options))
-    if task.key:
-        writer.put(task.key, torch_bytes(data.data))
+    data: BakedData = bake_tensor(job(change, options), room)
+    tensors = [(task.key, data.data)] if task.key else []
     if task.scale and change.scale is not None:
-        writer.put(task.scale, torch_bytes(load(change.scale) if data.scale is None else data.scale))
-    return data.result if task.key else None
+        tensors.append((task.scale, load(change.scale) if data.scale is None else data.scale))
+    return Made(tuple(tensors), data.result if task.key else None)
 
 
 def job(change: Change, options: Options) -> BakeJob:
@@ -201,7 +204,7 @@ def job(change: Change, options: Options) -> BakeJob:
     )
 
 
-def _cast(cast: Cast) -> torch.Tensor:
+def _cast(cast: Cast, room: Room | None) -> torch.Tensor:
     """A tensor in another store dtype, (…) on the CPU.
 
     Raises:
@@ -210,7 +213,7 @@ def _cast(cast: Cast) -> torch.Tensor:
     from loratools.io.base import load
     from loratools.maths.float8 import dequantise
 
-    stored = load(cast.weight)
+    stored = load(cast.weight, room)
     dtype = torch_dtype(cast.dtype)
     wide = stored if cast.scale is None else dequantise(stored, load(cast.scale))
     if wide.dtype == dtype:

@@ -7,59 +7,29 @@ low-rank adapters is never built. Only compensated rounding and float8 scales ne
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
 from loratools.errors import NonFiniteError, OptionError
 from loratools.io import base as io_base
+from loratools.io._load import Room
 from loratools.maths import float8, rounding
 from loratools.ops._assemble import resized, rows_first
 from loratools.ops._bake_finite import refuse
+from loratools.ops._bake_job import BakedData, BakeJob, Exact
 from loratools.ops._bake_measure import Fidelity, basis, norm_of, placed, sample, within
 from loratools.ops._bake_steps import ELEMENTS, Block
 from loratools.ops._bake_terms import Compiled, Compiler
 from loratools.ops._changes import Change
+from loratools.ops._device import has_float64
 from loratools.ops.checkpoint_results import BakedTensor
 from loratools.tensors import DTYPES
 
+__all__ = ["BakeJob", "BakedData", "Exact", "bake_tensor", "exact_rows"]
+
 ROUNDINGS = ("nearest", "stochastic", "compensated")
-
-
-class BakeJob(NamedTuple):
-    """One tensor's work; it can be sent to another process where its adapters' tensors can.
-
-    Attributes:
-        change: What is done to it.
-        precise: Whether to compute in float64 instead of float32.
-        rounding: "nearest", "stochastic" or "compensated".
-        seed: Of stochastic rounding; draws depend on it and on the tensor's key alone.
-        device: Where to multiply matrices; rounding is done on the CPU.
-        dtype: The store dtype, a safetensors name; None for the base's own, with its float8 scales.
-    """
-
-    change: Change
-    precise: bool = False
-    rounding: str = "nearest"
-    seed: int = 0
-    device: str = "cpu"
-    dtype: str | None = None
-
-
-class BakedData(NamedTuple):
-    """One changed tensor.
-
-    Attributes:
-        key: Its name in the base.
-        data: As it is to be stored, contiguous, on the CPU.
-        scale: Its float8 scales where they changed, in their shape and dtype; else None.
-        result: What became of ΔW.
-    """
-
-    key: str
-    data: torch.Tensor
-    scale: torch.Tensor | None
-    result: BakedTensor
 
 
 class _Work(NamedTuple):
@@ -99,11 +69,12 @@ class _Work(NamedTuple):
         return self.scale is not None and self.store == self.job.change.weight.dtype
 
 
-def bake_tensor(job: BakeJob) -> BakedData:
+def bake_tensor(job: BakeJob, room: Room | None = None) -> BakedData:
     """One tensor of the base with all that adapters do to it, in the order of the adapters.
 
     Args:
         job: What to do. All terms of a module say the same of ``turned``.
+        room: Memory that the result may lie in, until the same thread bakes another tensor there.
 
     Returns:
         The tensor as it is to be stored, and how much of ΔW it holds. ``kept`` and ``error`` of large tensors that
@@ -118,17 +89,30 @@ def bake_tensor(job: BakeJob) -> BakedData:
     """
     if job.rounding not in ROUNDINGS:
         raise OptionError(f"rounding {job.rounding!r}", candidates=ROUNDINGS)
-    work = _prepared(job)
+    work = _prepared(job, room)
     if work.requantised or (job.rounding == "compensated" and work.compiled.products):
         return _as_a_whole(work)
     return _by_rows(work)
 
 
-def _prepared(job: BakeJob) -> _Work:
+def exact_rows(change: Change) -> Exact:
+    """One tensor of the base with all that adapters do to it, in float64, some rows at a time.
+
+    Raises:
+        LoraError: As :func:`bake_tensor`, now or while the rows are taken.
+    """
+    work = _prepared(BakeJob(change, precise=True, dtype="F64"))
+    blocks = ((block.start, block.stop, block.current) for block in _blocks(work, torch.float64))
+    return Exact(tuple(work.stored.shape), work.turned, blocks)
+
+
+def _prepared(job: BakeJob, room: Room | None = None) -> _Work:
     change = job.change
-    stored, scale = io_base.load(change.weight), None
+    stored, scale = io_base.load(change.weight, room), None
     store: torch.dtype = getattr(torch, DTYPES[job.dtype or change.weight.dtype].torch)
     compute = torch.float64 if job.precise or torch.float64 in (stored.dtype, store) else torch.float32
+    if compute == torch.float64 and not has_float64(job.device):
+        job = job._replace(device="cpu")
     if change.scale is not None:
         scale = io_base.load(change.scale)
         stored = float8.dequantise(stored, scale, compute)
@@ -177,19 +161,11 @@ def _computed(work: _Work, data: torch.Tensor, dtype: torch.dtype, rows: list[in
     source, target = work.source, _outputs_first(data, work.turned)
     fidelity = Fidelity()
     generator = _generator(work.job)
-    step = max(1, ELEMENTS // max(1, source[:1].numel()))
-    buffer = torch.empty_like(source[:step], dtype=work.compute, device=work.job.device)
-    for start in range(0, len(source), step):
-        stop = min(start + step, len(source))
-        current = buffer[: stop - start].copy_(source[start:stop])
-        block = Block(start, stop, current, source)
+    for block in _blocks(work, dtype):
+        start, stop, current = block.start, block.stop, block.current
         picked = within(rows, start, stop)
         # Before anything is stored: the source may be what is written to.
         before = block.base if picked is None else source[start:stop][picked].to(work.compute)
-        for each in work.compiled.steps:
-            each.apply(block)
-        if not rounding.fits(current, dtype):
-            refuse(work.job.change, block, work.store)
         after = current.cpu()
         if work.job.rounding == "stochastic" and data.dtype == work.dtype:
             target[start:stop] = _stochastic(work, block, after, generator)
@@ -201,6 +177,21 @@ def _computed(work: _Work, data: torch.Tensor, dtype: torch.dtype, rows: list[in
         elif picked:
             fidelity.add(before, after[picked], stored[picked])
     return fidelity
+
+
+def _blocks(work: _Work, dtype: torch.dtype) -> Iterator[Block]:
+    """The rows with all changes, some at a time; each lasts until the next. What fits ``dtype`` is not refused."""
+    source = work.source
+    step = max(1, ELEMENTS // max(1, source[:1].numel()))
+    buffer = torch.empty_like(source[:step], dtype=work.compute, device=work.job.device)
+    for start in range(0, len(source), step):
+        stop = min(start + step, len(source))
+        block = Block(start, stop, buffer[: stop - start].copy_(source[start:stop]), source)
+        for each in work.compiled.steps:
+            each.apply(block)
+        if not rounding.fits(block.current, dtype):
+            refuse(work.job.change, block, work.store)
+        yield block
 
 
 def _stochastic(work: _Work, block: Block, values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

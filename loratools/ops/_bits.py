@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.errors import MalformedFileError
 from loratools.model import Rows
-from loratools.tensors import DTYPES, TensorRef
+from loratools.tensors import DTYPES, TensorRef, carried
 
 if TYPE_CHECKING:
     import numpy
@@ -50,6 +50,9 @@ class BitsSource:
                 flat.copy()
             )  # rows of a mapped file, which torch wants aligned and warns about where they are fixed
         return torch.frombuffer(flat.data, dtype=kind).reshape(shape)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return carried(self.raw())
 
     def _flat(self) -> Array:
         import numpy

@@ -11,7 +11,6 @@ from loratools import kinds
 from loratools.errors import ShapeError
 from loratools.kinds import experts, lora, oft
 from loratools.model import Module
-from loratools.ops import _device
 from loratools.tensors import TensorRef, from_torch
 
 
@@ -47,9 +46,9 @@ class DeltaRows:
         self.scale = module.scale
         self.product: tuple[torch.Tensor, torch.Tensor] | None = None
         if lora.is_product(self._module):
-            moved = _device.on(self._module, device)
-            up, down = lora.matrices(moved, wide=dtype == torch.float64)
-            self.product = up.to(dtype), down.to(dtype)
+            up, down = lora.matrices(self._module, wide=dtype == torch.float64)
+            # Cast before they are sent: not every device knows the dtypes that they come in.
+            self.product = up.to(dtype).to(device), down.to(dtype).to(device)
             if len(up) != rows:
                 raise _misfit(module, (len(up), down.shape[1]), (rows,))
         self._unit = _unit(self._module, rows) if self.product is None else 1

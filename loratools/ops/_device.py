@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 
 from loratools.errors import OptionError
 from loratools.model import Module
 from loratools.tensors import LazySource, TensorRef, from_torch
+
+# torch names others as well: "meta" has no data, and what else there is has not been tried.
+_COMPUTING = ("cpu", "cuda", "mps")
 
 
 def usable(name: str, *, auto: str = "cpu", wanted: torch.dtype = torch.float32) -> str:
@@ -20,14 +21,38 @@ def usable(name: str, *, auto: str = "cpu", wanted: torch.dtype = torch.float32)
         wanted: What is computed in; Apple's devices have no float64.
 
     Raises:
-        OptionError: It is not there.
+        OptionError: It is not there, or cannot compute in that.
     """
     if name == "auto":
         return auto
-    with contextlib.suppress(RuntimeError, AssertionError, TypeError):
-        torch.empty(0, device=name, dtype=wanted)
+    problem = _problem(name, wanted)
+    if not problem:
         return name
-    raise OptionError(f"the device {name!r} cannot be used here", candidates=["auto", "cpu"])
+    raise OptionError(
+        f"the device {name!r} cannot be used here",
+        candidates=["auto", "cpu"],
+        expected=problem,
+        todo="Choose auto, or leave --device away",
+    )
+
+
+def has_float64(device: str) -> bool:
+    """Whether a device computes in float64."""
+    return not device.startswith("mps")
+
+
+def _problem(name: str, wanted: torch.dtype) -> str:
+    """Why a device cannot be used, in a sentence; empty where it can."""
+    if name.partition(":")[0] not in _COMPUTING:
+        return "A device to compute on was expected: cpu, cuda, cuda:N or mps"
+    if wanted == torch.float64 and not has_float64(name):
+        return "This is computed in float64, which Apple's GPUs do not have"
+    try:
+        torch.empty(0, device=name, dtype=wanted)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"torch says: {reason.rstrip('.')}"
+    return ""
 
 
 def on(module: Module, device: str) -> Module:

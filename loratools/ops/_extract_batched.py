@@ -2,7 +2,8 @@
 
 Threads read and subtract, put the result into pinned memory and copy it on a stream of their own; the calling thread
 waits for the copies of one batch, which by then are done, and decomposes it. What comes back does not depend on which
-matrices share a batch, but for rounding. Without an accelerator the same code runs on the CPU.
+matrices share a batch, but for rounding. Where the accelerator's memory is too small, perhaps because others use it, a
+batch is divided, and a single matrix left to the CPU. Without an accelerator the same code runs on the CPU.
 """
 
 from __future__ import annotations
@@ -15,7 +16,15 @@ import torch
 from loratools.engine import local
 from loratools.maths.rank import Rule
 from loratools.maths.svd import decompose_batch
-from loratools.ops._extract_tensor import FACTORS, Found, Job, difference, extract_tensor, factored
+from loratools.ops._extract_tensor import (
+    FACTORS,
+    Difference,
+    Found,
+    Job,
+    difference,
+    extract_tensor,
+    factored,
+)
 
 # Of float32 matrices in one batch; and how many.
 _BATCH_BYTES = 1 << 28
@@ -33,6 +42,7 @@ class _Sent(NamedTuple):
         found: The result of a job without a matrix to decompose.
         arrived: An event after the copy, or None where there was none to wait for.
         pinned: What is copied, kept until it has arrived.
+        noise: See ``Difference``.
     """
 
     job: Job
@@ -40,6 +50,7 @@ class _Sent(NamedTuple):
     found: Found | None = None
     arrived: torch.cuda.Event | None = None
     pinned: torch.Tensor | None = None
+    noise: float = 0.0
 
 
 def run(jobs: Iterable[Job], device: str, *, batch: int = _BATCH) -> Iterator[Found]:
@@ -60,7 +71,12 @@ def run(jobs: Iterable[Job], device: str, *, batch: int = _BATCH) -> Iterator[Fo
         if job.task != FACTORS:
             return _Sent(job, found=extract_tensor(job))
         matrix = difference(job)
-        return _Sent(job, found=Found(job.number)) if matrix is None else _send(job, matrix, device, stream)
+        if matrix is None:
+            return _Sent(job, found=Found(job.number))
+        try:
+            return _send(job, matrix, device, stream)
+        except torch.cuda.OutOfMemoryError:
+            return _Sent(job, found=extract_tensor(job))
 
     waiting: list[_Sent] = []
     for sent in local.run(read, sorted(jobs, key=_shape), threads=_READERS):
@@ -79,15 +95,15 @@ def _shape(job: Job) -> tuple[tuple[int, int], str, int]:
     return job.matrix, repr(job.rule), job.number
 
 
-def _send(job: Job, matrix: torch.Tensor, device: str, stream: torch.cuda.Stream | None) -> _Sent:
+def _send(job: Job, found: Difference, device: str, stream: torch.cuda.Stream | None) -> _Sent:
     if stream is None:
-        return _Sent(job, matrix.to(device))
-    pinned = matrix.pin_memory()
+        return _Sent(job, found.matrix.to(device), noise=found.noise)
+    pinned = found.matrix.pin_memory()
     with torch.cuda.stream(stream):
         there = pinned.to(device, non_blocking=True)
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record(stream)
-    return _Sent(job, there, None, arrived, pinned)
+    return _Sent(job, there, None, arrived, pinned, found.noise)
 
 
 def _fits(waiting: Sequence[_Sent], sent: _Sent, batch: int) -> bool:
@@ -97,7 +113,18 @@ def _fits(waiting: Sequence[_Sent], sent: _Sent, batch: int) -> bool:
     return alike and len(waiting) < batch and size <= _BATCH_BYTES
 
 
-def _decomposed(batch: Sequence[_Sent]) -> Iterator[Found]:
+def _decomposed(batch: Sequence[_Sent]) -> list[Found]:
+    try:
+        return _together(batch)
+    except torch.cuda.OutOfMemoryError:
+        pass  # what was computed is let go of before the next try
+    if len(batch) == 1:
+        return [extract_tensor(batch[0].job)]
+    half = len(batch) // 2
+    return [*_decomposed(batch[:half]), *_decomposed(batch[half:])]
+
+
+def _together(batch: Sequence[_Sent]) -> list[Found]:
     matrices = []
     for sent in batch:
         if sent.matrix is None:
@@ -109,7 +136,7 @@ def _decomposed(batch: Sequence[_Sent]) -> Iterator[Found]:
             sent.matrix.record_stream(present)
         matrices.append(sent.matrix)
     if not matrices:
-        return
+        return []
     job = batch[0].job
     found = decompose_batch(
         torch.stack(matrices),
@@ -118,5 +145,4 @@ def _decomposed(batch: Sequence[_Sent]) -> Iterator[Found]:
         tolerance=job.tolerance,
         seed=job.seed,
     )
-    for sent, each in zip(batch, found, strict=True):
-        yield factored(sent.job, each)
+    return [factored(sent.job, each) for sent, each in zip(batch, found, strict=True)]

@@ -66,8 +66,12 @@ def work(compared: Compared, options: Options, *, replaces: bool) -> Work:
 
 
 def _goes_whole(pair: Pair, options: Options) -> bool:
-    """Whether a layout that holds whole tensors gets the tuned one: a grown vocabulary, or a norm, on request."""
-    if pair.stored.role == NORM:
+    """Whether a layout that holds whole tensors gets the tuned one: a grown vocabulary, a norm or a bias, on request.
+
+    PEFT's other way for biases (``lora_bias``) is for all modules or none: it cannot be merged where one of them has
+    no bias, nor loaded beside an embedding.
+    """
+    if pair.stored.role == NORM or pair.stored.leaf == "bias":
         return options.full_small
     return bool(pair.grown) and options.embeddings and not pair.stored.is_small
 

@@ -10,6 +10,7 @@ import torch
 from loratools.model import Module, Target
 from loratools.ops._extract_pairs import EMBEDDING, NORM, Stored
 from loratools.ops._extract_tensor import Found
+from loratools.ops._identify import is_conv1d
 from loratools.tensors import LazySource, TensorRef, from_torch
 
 _CONV = 3  # axes of the simplest
@@ -107,7 +108,7 @@ def _module(target: Target, group: list[Kept], ranks: Mapping[int, int], store: 
         rank=rank,
         shape=shape[::-1] if embedding else shape,
         op="embedding" if embedding else "conv" if len(shape) >= _CONV else "linear",
-        in_first=embedding or weight.stored.turned,
+        in_first=embedding or (weight.stored.turned and is_conv1d(target.path, shape)),
     )
 
 

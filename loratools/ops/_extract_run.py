@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from loratools import formats
-from loratools.engine import local
+from loratools.engine import Engine, local
 from loratools.errors import LayoutError, OptionError
 from loratools.io.spool import Spool
 from loratools.model import Adapter
@@ -42,6 +42,7 @@ class Extraction(NamedTuple):
         device: Where it is computed.
         threads: How many matrices are worked on side by side, a count; None for one per processor.
         progress: Called with a name, bytes done and bytes in all.
+        engine: Where it is computed instead; None for this machine.
     """
 
     base: Side
@@ -55,6 +56,7 @@ class Extraction(NamedTuple):
     device: str
     threads: int | None
     progress: Progress | None
+    engine: Engine | None = None
 
 
 def run(planned: Extraction, *, overwrite: bool) -> tuple[Adapter | None, ExtractReport]:
@@ -65,7 +67,7 @@ def run(planned: Extraction, *, overwrite: bool) -> tuple[Adapter | None, Extrac
     """
     with _store(planned.output) as store:
         kept, norms = _computed(planned, store)
-        planned = _with_changed(planned, kept, norms)
+        planned = _with_changed(planned, norms)
         if not kept:
             raise _nothing(planned)
         ranks = _ranks(planned, kept, store)
@@ -104,20 +106,11 @@ def _in_memory(found: Adapter, form: formats.Format) -> Adapter:
     return found
 
 
-def _with_changed(planned: Extraction, kept: dict[int, Kept], norms: Mapping[int, float]) -> Extraction:
-    """The extraction with those whole tensors alone that differ, and with biases among them that PEFT has no LoRA for.
-
-    PEFT's layout holds what is added to a bias beside factors of the weight, and not alone.
-    """
+def _with_changed(planned: Extraction, norms: Mapping[int, float]) -> Extraction:
+    """The extraction with those whole tensors alone that differ."""
     pairs = planned.work.pairs
-    whole = {number for number in planned.work.replaced if pairs[number].grown or norms[number]}
-    if planned.form.name == "peft":
-        low = {each.stored.target for each in kept.values() if each.up is not None}
-        for number, each in list(kept.items()):
-            if each.stored.leaf == "bias" and each.stored.target not in low:
-                whole.add(number)
-                del kept[number]
-    return planned._replace(work=planned.work._replace(replaced=frozenset(whole)))
+    whole = frozenset(number for number in planned.work.replaced if pairs[number].grown or norms[number])
+    return planned._replace(work=planned.work._replace(replaced=whole))
 
 
 @contextmanager
@@ -148,7 +141,9 @@ def _results(planned: Extraction, jobs: list[Job], store: Store, norms: dict[int
     by_number = {job.number: job for job in jobs}
     total, done = sum(job_bytes(job) for job in jobs), 0
     kept: dict[int, Kept] = {}
-    if planned.device == "cpu":
+    if planned.engine is not None:
+        results = planned.engine.run(extract_tensor, jobs)
+    elif planned.device == "cpu":
         results = local.run(extract_tensor, jobs, threads=planned.threads)
     else:
         results = _extract_batched.run(jobs, planned.device)

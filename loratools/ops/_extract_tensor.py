@@ -17,6 +17,7 @@ from loratools.io import base as io_base
 from loratools.io.base import Weight
 from loratools.maths import float8
 from loratools.maths.rank import Rule
+from loratools.maths.squares import square_of
 from loratools.maths.svd import Decomposed, decompose
 from loratools.ops._changes import Piece
 from loratools.tensors import DTYPES
@@ -24,6 +25,11 @@ from loratools.tensors import DTYPES
 Shape = tuple[int, ...]
 
 FACTORS, FULL, NORM = "factors", "full", "norm"
+
+# Values that are subtracted at a time.
+_SUBTRACTED = 1 << 18
+# A difference this many times the rounding of its sides is told apart from it.
+_MEANINGFUL = 16.0
 
 
 class Job(NamedTuple):
@@ -96,28 +102,44 @@ class Found(NamedTuple):
         return self.norm * self.norm
 
 
+class Difference(NamedTuple):
+    """tuned − base of one weight.
+
+    Attributes:
+        matrix: (out, in·kh·kw) float32.
+        norm: ‖matrix‖, Frobenius.
+        noise: The norm of what in it is rounding of the stored weights; 0 where that is not known.
+    """
+
+    matrix: torch.Tensor
+    norm: float
+    noise: float
+
+
 def extract_tensor(job: Job) -> Found:
     """Everything that is to be done for one job, on the CPU.
 
     Raises:
         NonFiniteError: NaN or Inf in one of the checkpoints; file and key are named.
     """
-    matrix = difference(job)
-    if matrix is None:
+    found = difference(job)
+    if found is None:
         return Found(job.number)
-    norm = norm_of(matrix)
+    matrix, norm, noise = found
     if not norm or job.task == NORM:
         return Found(job.number, norm)
     if job.task == FULL:
         full = stored(matrix, job.store, job.name).reshape(job.shape)
         return Found(job.number, norm, full=full)
     rule = job.rule or Rule("rank", 1)
-    found = decompose(matrix, rule, method=job.method, tolerance=job.tolerance, seed=job.seed)
-    return factored(job, found)
+    decomposed = decompose(
+        matrix, rule, method=job.method, tolerance=job.tolerance, seed=job.seed, noise=noise
+    )
+    return factored(job, decomposed)
 
 
-def difference(job: Job) -> torch.Tensor | None:
-    """tuned − base as a float32 matrix (out, in·kh·kw); None where the bytes are the same.
+def difference(job: Job) -> Difference | None:
+    """tuned − base; None where the bytes are the same.
 
     Raises:
         NonFiniteError: NaN or Inf in one of the checkpoints.
@@ -130,10 +152,25 @@ def difference(job: Job) -> torch.Tensor | None:
         parts = _subtracted(tuned.reshape(base.shape), base)
     else:
         wide = _upcast(base, job.base)
-        parts = _subtracted(_assembled(job, wide), wide)
+        parts = _subtracted(_assembled(job, wide), wide.reshape(job.matrix))
     matrix = parts.reshape(job.matrix)
-    _refuse_nonfinite(job, matrix)
-    return matrix
+    norm = norm_of(matrix)
+    if not math.isfinite(norm):
+        raise _nonfinite(job)
+    return Difference(matrix, norm, _rounding(base, norm))
+
+
+def _rounding(base: torch.Tensor, norm: float) -> float:
+    """‖what storing float32 has rounded away‖, at most; 0 where it is not known to be small against the difference.
+
+    A checkpoint that an adapter was merged into in float32 differs by the adapter and by half a unit in the last place
+    of every weight, at most: by a matrix of full rank that says nothing. Narrower dtypes round as much as training
+    changes, and there nothing tells the one from the other.
+    """
+    if base.dtype != torch.float32:
+        return 0.0
+    noise = 2.0**-24 * norm_of(base)
+    return noise if norm > _MEANINGFUL * noise else 0.0
 
 
 def _is_plain(job: Job, piece: Piece) -> bool:
@@ -155,7 +192,14 @@ def _subtracted(tuned: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """The difference in float32, or first in float64 where a side is stored so."""
     exact = torch.float64 if torch.float64 in (tuned.dtype, base.dtype) else torch.float32
     own = tuned.dtype == exact and tuned is not base
-    return (tuned if own else tuned.to(exact)).sub_(base.to(exact)).float()
+    result = tuned if own else tuned.to(exact)
+    if not result.ndim:
+        return result.sub_(base).float()
+    # A few rows at a time: the base is never whole in the wider dtype, and what is upcast stays in the cache.
+    height = max(1, _SUBTRACTED * len(result) // max(1, result.numel()))
+    for rows, other in zip(torch.split(result, height), torch.split(base, height), strict=True):
+        rows.sub_(other.to(exact))
+    return result.float()
 
 
 def _upcast(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
@@ -187,31 +231,27 @@ def _rows(piece: Piece) -> Iterator[torch.Tensor]:
         yield _upcast(io_base.load_rows(piece.weight, at, at + stop - start), piece)
 
 
-def _refuse_nonfinite(job: Job, matrix: torch.Tensor) -> None:
-    # A sum is finite where all values are; only huge values make it infinite without need.
-    if math.isfinite(float(matrix.sum(dtype=torch.float64))):
-        return
-    sides = (("base", (job.base,)), ("tuned", job.tuned))
-    for _, pieces in sides:
-        for piece in pieces:
-            values = _upcast(io_base.load(piece.weight), piece)
-            count = int((~torch.isfinite(values)).sum())
-            if count:
-                raise NonFiniteError(
-                    f"{count} of {values.numel()} values are NaN or infinite",
-                    path=piece.weight.file,
-                    keys=[piece.weight.key],
-                    expected="Finite weights were expected",
-                    todo="The checkpoint is damaged, or its training diverged; --exclude leaves the weight out",
-                )
-    raise NonFiniteError(
+def _nonfinite(job: Job) -> NonFiniteError:
+    """The error for a difference that is not finite: it names the tensor at fault."""
+    for piece in (job.base, *job.tuned):
+        values = _upcast(io_base.load(piece.weight), piece)
+        count = int((~torch.isfinite(values)).sum())
+        if count:
+            return NonFiniteError(
+                f"{count} of {values.numel()} values are NaN or infinite",
+                path=piece.weight.file,
+                keys=[piece.weight.key],
+                expected="Finite weights were expected",
+                todo="The checkpoint is damaged, or its training diverged; --exclude leaves the weight out",
+            )
+    return NonFiniteError(
         "the difference is too large for float32", path=job.base.weight.file, keys=[job.base.weight.key]
     )
 
 
 def norm_of(matrix: torch.Tensor) -> float:
     """‖matrix‖, Frobenius, summed in float64."""
-    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+    return math.sqrt(square_of(matrix))
 
 
 def factored(job: Job, found: Decomposed) -> Found:

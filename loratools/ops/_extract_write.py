@@ -68,7 +68,9 @@ def adapter(
     """
     extras: dict[str, TensorRef] = {}
     for stored in replaced:
-        name = f"base_model.model.{stored.target.path}.{stored.leaf}"
+        # PEFT wraps the modules that it adapts.
+        inside = "base_layer." if stored.target in modules else ""
+        name = f"base_model.model.{stored.target.path}.{inside}{stored.leaf}"
         extras[name] = stored_ref(name, stored)
     record = {
         "version": __version__,

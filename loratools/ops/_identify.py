@@ -45,6 +45,7 @@ _EMBEDDINGS = frozenset(
 )
 # GPT-2's layers, which keep their weights as (in, out).
 _CONV1D = frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})
+_PROJECTION = "text_projection"
 
 
 class Located(NamedTuple):
@@ -200,7 +201,8 @@ def _located(network: Network, path: str, stored: Stored) -> Located | None:
         return None
     shape = main.shape if stored.weight is not None else ()
     last = path.rpartition(".")[2]
-    if stored.bare:
+    projects = is_projection(path, stored)
+    if stored.bare and not projects:
         role = BARE
     elif len(shape) < 2:
         role = NORM
@@ -209,12 +211,18 @@ def _located(network: Network, path: str, stored: Stored) -> Located | None:
     else:
         role = MATRIX
     turned = role == MATRIX and is_conv1d(path, shape) and keeps_inputs_first(network.modules)
-    return Located(network.part, stored.weight, stored.bias, role, turned)
+    return Located(network.part, stored.weight, stored.bias, role, turned or projects)
 
 
 def is_conv1d(path: str, shape: tuple[int, ...]) -> bool:
     """Whether a weight is one of those that GPT-2 keeps as (in, out), by its name."""
     return len(shape) == 2 and path.rpartition(".")[2] in _CONV1D
+
+
+def is_projection(path: str, stored: Stored) -> bool:
+    """Whether a parameter is OpenCLIP's projection of a text, (in, out); elsewhere it is a linear layer's weight."""
+    weight = stored.weight if stored.bare else None
+    return weight is not None and len(weight.shape) == 2 and path.rpartition(".")[2] == _PROJECTION
 
 
 def keeps_inputs_first(modules: Mapping[str, Stored]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from loratools import archs
+from loratools.formats import _peft_config
 from loratools.io.base import Base, Weight
 from loratools.model import Adapter, Module
 from loratools.ops import _experts, _quantised, _replaced, _tied, _unplaced
@@ -43,8 +44,11 @@ def plan(
         OptionError: A component that neither the adapters nor the architecture have.
         NameResolutionError: The base lacks modules, or all of an adapter's, or a name may mean several.
         ShapeError: A module's weight has another shape in the base.
-        UnsupportedKindError: The base keeps a weight quantised in a way that nothing can be added to.
+        UnsupportedKindError: The base keeps a weight quantised in a way that nothing can be added to, or an adapter is
+            for a base that its training has changed.
     """
+    for adapter in adapters:
+        _peft_config.refuse_changed_base(adapter)
     name, adapters = settle(base, adapters, arch)
     _unplaced.refuse_components(components, adapters, name)
     atlas = Atlas(base, name, dict.fromkeys(target.component for each in adapters for target in each.modules))

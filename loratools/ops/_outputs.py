@@ -35,7 +35,7 @@ def check_output(path: PathLike, *, overwrite: bool) -> None:
             raise OutputExistsError(
                 "the output is a folder and holds files",
                 path=target,
-                todo="Give a file's name, or where the layout is a folder, --overwrite to replace files in it",
+                todo="Give a file's name, or another folder's; --overwrite replaces files in a folder",
             )
     elif os.path.exists(target) and not overwrite:
         raise OutputExistsError(

@@ -17,7 +17,7 @@ from loratools.ops import _unet_depth
 from loratools.ops._base_match import Paths, match
 from loratools.ops._base_parts import fits
 from loratools.ops._changes import Piece, Span
-from loratools.ops._identify import is_conv1d, keeps_inputs_first
+from loratools.ops._identify import is_conv1d, is_projection, keeps_inputs_first
 from loratools.ops._network import Network, Stored, networks
 from loratools.ops._pieces import Held, dialects, held, meaning, spans
 from loratools.tensors import DTYPES
@@ -247,8 +247,8 @@ class Places:
 
         An adapter may say the contrary of what is so: PEFT corrects its flag as it loads, but not in the file.
         """
-        if len(shape) != 2:
-            return False
+        if len(shape) != 2 or is_projection(each.path, self._modules[each.path]):
+            return len(shape) == 2
         said = module.shape
         gpt2 = self._inputs_first and is_conv1d(each.path, shape)
         if module.op == "embedding" or said is None or len(said) != 2 or not alone:

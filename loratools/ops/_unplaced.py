@@ -9,6 +9,7 @@ from loratools import archs
 from loratools.errors import NameResolutionError, OptionError, ShapeError, UnsupportedKindError, shown
 from loratools.io.base import Base
 from loratools.model import Adapter, Target
+from loratools.ops import _no_checkpoint
 from loratools.ops._arch_of import UNKNOWN, looks_like
 from loratools.ops._base_match import Paths, regrouped
 from loratools.ops._places import Places
@@ -102,12 +103,15 @@ def refuse(
     Raises:
         ShapeError: Modules have another shape in the base.
         UnsupportedKindError: The base has them quantised, under names of the scheme's own.
+        OptionError: The base is no checkpoint.
         NameResolutionError: The base lacks modules.
     """
     if lost.misfits:
         _refuse_shapes(adapter, base, lost)
     _refuse_packed(adapter, base, lost, places)
     if lost.missing and (not lost.placed or not skip_missing):
+        if not lost.placed:
+            _no_checkpoint.refuse(base)
         _refuse_missing(adapter, base, lost, places)
 
 
@@ -174,6 +178,9 @@ def _refuse_missing(adapter: Adapter, base: Base, lost: Lost, places: Callable[[
     if lost.placed:
         what = f"{len(lost.missing)} of {count} modules target weights that {base.path} does not have"
         todo += f", or pass --skip-missing to bake the other {max(0, count - len(lost.missing))}"
+        lacking = _lacking(adapter, lost)
+        if lacking:
+            todo += f", or --components {','.join(lacking)} to leave out the component that it lacks"
     near = _near(first.path, list(here.paths)) if first is not None and here is not None else []
     raise NameResolutionError(
         what,
@@ -183,6 +190,14 @@ def _refuse_missing(adapter: Adapter, base: Base, lost: Lost, places: Callable[[
         expected=_seen(adapter, base, first, here),
         todo=todo,
     )
+
+
+def _lacking(adapter: Adapter, lost: Lost) -> list[str]:
+    """The components that have a place, where those that lack one have none at all."""
+    missing = {*lost.missing}
+    without = {target.component for target in adapter.modules if str(target) in missing}
+    having = dict.fromkeys(target.component for target in adapter.modules if str(target) not in missing)
+    return [] if without & having.keys() or not lost.missing else list(having)
 
 
 def _seen(adapter: Adapter, base: Base, first: Target | None, here: Places | None) -> str:
@@ -198,9 +213,14 @@ def _seen(adapter: Adapter, base: Base, first: Target | None, here: Places | Non
     other = regrouped(first.path, Paths(here.paths, flat="." not in first.path))
     if other:
         return f"The base has {other}: it is fused in one of them and split in the other"
-    names = list(here.paths)
-    like = f"the adapter's names are like {first.path}; the base's are like {shown(names, 2)}"
-    return f"The adapter looks like {_title(adapter)}, the base like {looks_like(base)}: {like}"
+    like = f"the adapter's names are like {first.path}; the base's are like {shown(list(here.paths), 2)}"
+    title, other = _title(adapter), looks_like(base)
+    both = (
+        f"Both look like {title}"
+        if title == other
+        else f"The adapter looks like {title}, the base like {other}"
+    )
+    return f"{both}: {like}"
 
 
 def _blocks(target: Target, here: Places) -> tuple[str, int, int] | None:

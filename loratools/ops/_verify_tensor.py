@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 
 from loratools.io.base import Weight, load
-from loratools.ops._changes import Change
+from loratools.ops._assemble import rows_first
+from loratools.ops._bake_tensor import Exact, exact_rows
 from loratools.ops._verify_tasks import ABSENT, BAKED, LOST, NOT_BAKED, PARTLY, WRONG, Job
 from loratools.ops.checkpoint_results import VerifiedTensor
 from loratools.tensors import DTYPES
@@ -36,8 +37,8 @@ _FARTHER = 4.0  # twice as far, squared
 _FLIPPED = 1 / 16  # a quarter, squared
 _SIGMAS = 6.0
 _STEPS = 8.0
-# Of float64: the bias of its exponent, and the bits behind it.
-_BIAS, _FRACTION = 1023, 52
+# Of float64: the bias of its exponent, the bits behind it, and its own.
+_BIAS, _FRACTION, _EXPONENT = 1023, 52, 0x7FF
 _CHANCE = -20.0  # the logarithm of what is taken for impossible
 
 
@@ -57,11 +58,28 @@ class Stored(NamedTuple):
         found = self.data.reshape(-1)[start : start + BLOCK].to(torch.float64)
         return found if self.scale is None else found * self.units(start)
 
+    def rows(self, start: int, stop: int) -> Stored:
+        """Some of its rows."""
+        return Stored(self.data[start:stop], None if self.scale is None else self.scale[start:stop])
+
+    def outputs_first(self, turned: bool) -> Stored:
+        """The same with its outputs on the first axis; a single number as a vector.
+
+        Args:
+            turned: Whether it is stored as (in, out).
+        """
+        scale = None if self.scale is None else rows_first(_with_rows(self.scale), turned)
+        return Stored(rows_first(_with_rows(self.data), turned), scale)
+
     def units(self, start: int) -> torch.Tensor | float:
         """Their scales in float64."""
         if self.scale is None:
             return 1.0
         return self.scale.reshape(-1)[start : start + BLOCK].to(torch.float64)
+
+
+def _with_rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(1) if tensor.dim() == 0 else tensor
 
 
 class Sums(NamedTuple):
@@ -116,29 +134,30 @@ def verify_tensor(job: Job) -> VerifiedTensor:
     """Compare one tensor with what it should be; memory is a few times its own size."""
     change = job.change
     found = VerifiedTensor(job.key, change.target, change.component, ABSENT, 0.0, None, None, None, "")
-    target = expected(change)
+    target = exact_rows(change)
     base = stored(change.weight, change.scale)
     if base.data.shape != target.shape:
         # All of it is new: a vocabulary of another size.
         base = Stored(torch.zeros(()).expand(target.shape))
     if job.baked is None:
-        return found._replace(norm=float(torch.linalg.vector_norm(target - base.data.to(target.dtype))))
+        return found._replace(norm=math.sqrt(_by_rows(base, target, base).delta))
     found = found._replace(verdict=WRONG, dtype=job.baked.dtype)
-    if job.baked.shape != tuple(target.shape) or not DTYPES[job.baked.dtype].floating:
+    if job.baked.shape != target.shape or not DTYPES[job.baked.dtype].floating:
         stands = f"{job.baked.dtype} of shape {list(job.baked.shape)}"
         return found._replace(note=f"it is {stands}, not of shape {list(target.shape)}")
-    sums = measure(base, target, stored(job.baked, job.scale))
+    sums = _by_rows(base, target, stored(job.baked, job.scale))
     if not math.isfinite(sums.error):
         return found._replace(norm=math.sqrt(sums.delta), note="it holds NaN or Inf")
     return _judged(found, sums)
 
 
-def expected(change: Change) -> torch.Tensor:
-    """T = W + ΔW in float64, as the baker computes it."""
-    from loratools.ops._bake_tensor import BakeJob, bake_tensor
-
-    job = BakeJob(change, precise=True, rounding="nearest", seed=0, device="cpu", dtype="F64")
-    return bake_tensor(job).data
+def _by_rows(base: Stored, target: Exact, baked: Stored) -> Sums:
+    """``measure`` without ever holding the whole of T."""
+    base, baked = base.outputs_first(target.turned), baked.outputs_first(target.turned)
+    blocks: list[torch.Tensor] = []
+    for start, stop, rows in target.rows:
+        blocks += _blocks(base.rows(start, stop), rows, baked.rows(start, stop))
+    return _summed(blocks)
 
 
 def measure(base: Stored, target: torch.Tensor, baked: Stored) -> Sums:
@@ -149,12 +168,20 @@ def measure(base: Stored, target: torch.Tensor, baked: Stored) -> Sums:
         target: T, float64, of the same shape.
         baked: Q, of the same shape.
     """
+    return _summed(_blocks(base, target, baked))
+
+
+def _blocks(base: Stored, target: torch.Tensor, baked: Stored) -> list[torch.Tensor]:
+    """The fields of ``Sums`` for each block of values."""
     flat = target.reshape(-1)
     recast = base.data.dtype != baked.data.dtype or base.scale is not None or baked.scale is not None
-    blocks = [
+    return [
         _block(base.block(start), flat[start : start + BLOCK], baked, start, recast)
         for start in range(0, flat.numel(), BLOCK)
     ]
+
+
+def _summed(blocks: list[torch.Tensor]) -> Sums:
     if not blocks:
         return Sums(*(0.0,) * len(Sums._fields))
     *summed, step, farthest, largest = torch.stack(blocks).T
@@ -203,10 +230,11 @@ def grid(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.
     info = torch.finfo(dtype)
     bits = 1 - round(math.log2(info.eps))
     lowest = max(round(math.log2(info.smallest_normal)) + 1, bits + 1 - _BIAS)
-    exponent = torch.frexp(values).exponent.clamp(min=lowest).long()
-    # The powers of two by their bits: torch.ldexp computes them in float32.
-    step = ((exponent - bits + _BIAS) << _FRACTION).view(torch.float64)
-    return torch.round(values / step) * step, step
+    # Exponents and powers of two by their bits: torch.frexp is slow and takes that of 0 for 0, and torch.ldexp computes
+    # in float32.
+    exponent = (values.view(torch.int64) >> _FRACTION).bitwise_and_(_EXPONENT).clamp_(min=lowest - 1 + _BIAS)
+    step = exponent.add_(1 - bits).bitwise_left_shift_(_FRACTION).view(torch.float64)
+    return (values / step).round_().mul_(step), step
 
 
 def _judged(found: VerifiedTensor, sums: Sums) -> VerifiedTensor:

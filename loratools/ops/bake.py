@@ -9,22 +9,25 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from loratools import io
 from loratools.errors import OptionError
 from loratools.io.base import Base, keys_of
 from loratools.model import Adapter
-from loratools.ops import _bake_run, _locate, files
+from loratools.ops import _bake_beside, _bake_run, _locate, files
 from loratools.ops._bake_digest import digest
+from loratools.ops._bake_lanes import Lanes
 from loratools.ops._bake_run import Meter, Options, Progress
 from loratools.ops._bake_shards import ShardPlan, shard_plans
 from loratools.ops._changes import Plan
 from loratools.ops._outputs import PICKLES, PathLike, check_output
+from loratools.ops._unmapped import unmapped
 from loratools.ops.checkpoint_results import BakedTensor, BakeEstimate, BakeReport
-from loratools.tensors import nbytes
+
+if TYPE_CHECKING:
+    from loratools.engine import Engine
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 
@@ -41,6 +44,8 @@ class _Bake(NamedTuple):
         options: How tensors are computed.
         container: Of the output.
         output: Its path.
+        engine: Where tensors are computed; None for this machine's threads.
+        replaced: Files of another model in the output's folder, which go.
     """
 
     base: Base
@@ -51,6 +56,8 @@ class _Bake(NamedTuple):
     options: Options
     container: str
     output: str
+    engine: Engine | None = None
+    replaced: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -77,6 +84,7 @@ def bake(
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
+    engine: Engine | None = None,
 ) -> BakeReport:
     """Write a checkpoint with adapters in it.
 
@@ -99,6 +107,7 @@ def bake(
         overwrite: Whether an existing output may be replaced; it may be the base itself.
         dry_run: Plan, estimate, and write nothing.
         progress: Called with a tensor's name, the bytes done and the bytes of all.
+        engine: Where to compute; default: this machine's threads.
 
     Raises:
         LoraError: Nothing was written under the output's name.
@@ -113,17 +122,22 @@ def bake(
         store=None if dtype == "keep" else files.STORE_DTYPES[dtype],
         threads=threads,
     )
-    check_output(output, overwrite=overwrite)
-    loaded = tuple(
-        each if isinstance(each, Adapter) else files.bakeable(each, arch=arch) for each in adapters
-    )
-    strengths = _strengths(weights, len(loaded))
     found = keys_of(base)
     container = _container(found, os.fspath(output))
+    check_output(output, overwrite=overwrite)
+    loaded = tuple(
+        each if isinstance(each, Adapter) else unmapped(files.bakeable(each, arch=arch)) for each in adapters
+    )
+    strengths = _strengths(weights, len(loaded))
     plan = _locate.plan(found, loaded, strengths, arch=arch, components=components, skip_missing=skip_missing)
     name = os.path.basename(os.fspath(output))
     shards = shard_plans(found, plan, container=container, store=options.store, name=name)
-    planned = _Bake(found, loaded, strengths, plan, tuple(shards), options, container, os.fspath(output))
+    planned = _Bake(
+        found, loaded, strengths, plan, tuple(shards), options, container, os.fspath(output), engine
+    )
+    planned = planned._replace(
+        replaced=_bake_beside.replaced(found, [shard.name for shard in shards], planned.output)
+    )
     if dry_run:
         from loratools.ops._bake_estimate import estimate
 
@@ -147,45 +161,31 @@ def bake(
 
 def _write_file(planned: _Bake, shard: ShardPlan, path: str, meter: Meter) -> list[BakedTensor]:
     """Write one file, whole and on the disk."""
-    writer = _bake_run.writer_for(shard, path, planned.options.store)
-    writer.start()
-    try:
-        baked = _bake_run.write(shard, writer, planned.options, meter)
-        writer.finish(lambda done: meter.show("", done))
-    except BaseException:
-        writer.abort()
-        raise
-    return baked
+    with Lanes([shard], lambda _: path, lambda _: None, planned.options, meter) as lanes:
+        return lanes.run(planned.engine)
 
 
 def _to_folder(planned: _Bake, meter: Meter, started: float, *, overwrite: bool, resume: bool) -> BakeReport:
-    """Write a model of several files; each is brought to the disk while the next is computed."""
+    """Write a model of several files."""
     from loratools.io.model_folder import ModelFolder
+    from loratools.ops._bake_configs import write_configs
 
     _refuse_inside(planned.base, planned.output)
-    baked: list[BakedTensor] = []
-    made = digest(planned.base, planned.adapters, planned.plan, planned.options)
-    with (
-        ModelFolder(planned.output, planned.base, overwrite=overwrite, resume=resume, digest=made) as folder,
-        ThreadPoolExecutor(1, "files") as closing,
-    ):
-        pending: list[Future[None]] = []
-        for shard in planned.shards:
-            if shard.name in folder.done:
-                meter.next_file(_bake_run.size_of(shard, planned.options.store))
-                continue
-            writer = _bake_run.writer_for(shard, folder.place(shard.name), planned.options.store)
-            writer.start()
-            try:
-                baked += _bake_run.write(shard, writer, planned.options, meter)
-            except BaseException:
-                writer.abort()
-                raise
-            _settle(pending)
-            pending.append(closing.submit(_close, writer, folder.finished, shard.name))
-            meter.next_file(_bake_run.size_of(shard, planned.options.store))
-        _settle(pending)
-        _write_configs(planned, folder.write_json)
+    base, options = planned.base, planned.options
+    made = digest(base, planned.adapters, planned.plan, options)
+    with ModelFolder(
+        planned.output,
+        base,
+        overwrite=overwrite,
+        resume=resume,
+        digest=made,
+        replaced=planned.replaced,
+    ) as folder:
+        shards = [shard for shard in planned.shards if shard.name not in folder.done]
+        meter.skip(planned.bytes - sum(_bake_run.size_of(shard, options.store) for shard in shards))
+        with Lanes(shards, folder.place, folder.finished, options, meter) as lanes:
+            baked = lanes.run(planned.engine)
+        write_configs(base, planned.shards, planned.plan, options.store, folder.write_json)
         resumed = len(folder.done)
         reason = folder.fresh_reason
         beside = folder.beside
@@ -193,7 +193,7 @@ def _to_folder(planned: _Bake, meter: Meter, started: float, *, overwrite: bool,
     notes: tuple[str, ...] = (f"nothing to resume: {reason}",) if resume and reason else ()
     if resumed:
         notes += (
-            f"{resumed} files were there from the interrupted run; their tensors are not reported again",
+            f"files that were there from the interrupted run, and are not reported on again: {resumed}",
         )
     return report._replace(
         bytes=sum(os.path.getsize(os.path.join(planned.output, shard.name)) for shard in planned.shards),
@@ -202,42 +202,6 @@ def _to_folder(planned: _Bake, meter: Meter, started: float, *, overwrite: bool,
         seconds=time.perf_counter() - started,
         notes=(*report.notes, *notes),
     )
-
-
-def _close(writer: _bake_run.Writer, finished: Callable[[str], None], name: str) -> None:
-    try:
-        writer.finish()
-    except BaseException:
-        writer.abort()
-        raise
-    finished(name)
-
-
-def _settle(pending: list[Future[None]]) -> None:
-    """Wait for the file before; what went wrong with it is raised."""
-    while pending:
-        pending.pop().result()
-
-
-def _write_configs(planned: _Bake, write_json: Callable[[str, object], None]) -> None:
-    """The index of each part, true to what was written, and configurations that say something else now."""
-    from loratools.io.model_folder import true_index
-
-    base, store = planned.base, planned.options.store
-    for part, index in base.indices.items():
-        shards = [shard for shard in planned.shards if shard.shard.part == part]
-        folder = os.path.dirname(index)
-        weight_map: dict[str, str] = {}
-        sizes: dict[str, int] = {}
-        for shard in shards:
-            for key, kind, shape in shard.sizes(store):
-                weight_map[key] = os.path.relpath(shard.name, folder or ".").replace(os.sep, "/")
-                sizes[key] = nbytes(shape, kind)
-        write_json(index, true_index(os.path.join(base.folder, index), weight_map, sizes))
-    for part, changes in planned.plan.config.items():
-        if part in base.configs:
-            name = f"{part}/config.json" if part else "config.json"
-            write_json(name, {**base.configs[part], **changes})
 
 
 def _check_options(rounding: str, dtype: str) -> None:
@@ -337,7 +301,7 @@ def _report(
         error=_error(tensors) if estimate is None else None,
         seconds=time.perf_counter() - started,
         estimate=estimate,
-        notes=plan.notes,
+        notes=(*plan.notes, *_bake_beside.notes(planned.base, planned.replaced)),
     )
 
 

@@ -13,11 +13,13 @@ from collections.abc import Collection, Iterable
 
 import torch
 
-from loratools.errors import OptionError
+from loratools import archs
+from loratools.engine import Engine
+from loratools.errors import ArchitectureError, LayoutError, OptionError
 from loratools.io.base import keys_of
 from loratools.model import Adapter
-from loratools.ops import _extract_dry, _extract_run, _extract_write, files
-from loratools.ops._device import usable
+from loratools.ops import _extract_dry, _extract_run, _extract_write, _no_checkpoint, files
+from loratools.ops._device import has_float64, usable
 from loratools.ops._extract_jobs import work
 from loratools.ops._extract_options import Options, options
 from loratools.ops._extract_plan import compare
@@ -55,6 +57,7 @@ def extract(
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
+    engine: Engine | None = None,
 ) -> tuple[Adapter | None, ExtractReport]:
     """Extract an adapter.
 
@@ -82,11 +85,13 @@ def extract(
         to: The layout; default: Kohya's for image models, PEFT's for all others.
         dtype: The store dtype: "float32", "float16", "bfloat16", or "keep", the base's own.
         arch: The architecture, overriding detection.
-        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps"; for the last the CPU computes, since decompositions need
+            float64.
         threads: How many matrices are worked on side by side, a count; default: one per processor.
         overwrite: Whether an existing output may be replaced.
         dry_run: Plan and estimate only.
         progress: Called with a weight's name, bytes done and bytes in all.
+        engine: Where to compute, on CPUs; default: this machine's threads, or its accelerator.
 
     Returns:
         The adapter, in memory, where there is no output (and no dry run); and what was found.
@@ -112,15 +117,33 @@ def extract(
     )
     if output is not None:
         _check_output(output, (base, tuned), overwrite=overwrite)
-    place = usable(device, auto="cuda" if torch.cuda.is_available() else "cpu")
+    place = _place(device, engine)
     planned = _planned(base, tuned, output, asked, arch, to)
-    planned = planned._replace(device=place, threads=threads, progress=progress)
+    planned = planned._replace(device=place, threads=threads, progress=progress, engine=engine)
     _check_layout(planned)
     if dry_run:
         report = _extract_dry.report(planned)
         return None, report._replace(seconds=time.monotonic() - started)
     found, report = _extract_run.run(planned, overwrite=overwrite)
     return found, report._replace(seconds=time.monotonic() - started)
+
+
+def _place(device: str, engine: Engine | None) -> str:
+    """Where to compute.
+
+    Raises:
+        OptionError: The device is not there, or an engine is given as well.
+    """
+    if engine is None:
+        place = usable(device, auto="cuda" if torch.cuda.is_available() else "cpu")
+        return place if has_float64(place) else "cpu"
+    if device not in ("auto", "cpu"):
+        raise OptionError(
+            f"the device {device!r} and an engine are both given",
+            expected="An engine computes on the CPUs of where it sends the work",
+            todo="Leave one of them away",
+        )
+    return "cpu"
 
 
 def default_output(
@@ -192,16 +215,29 @@ def _planned(
 ) -> Extraction:
     """What is to be done, from headers alone."""
     own, other = sides(keys_of(base), keys_of(tuned), arch)
-    compared = compare(own, other, asked)
+    try:
+        compared = compare(own, other, asked)
+    except ArchitectureError:
+        # An adapter, or a textual inversion, seems to be of any architecture or of none.
+        _no_checkpoint.refuse(own.base)
+        _no_checkpoint.refuse(other.base)
+        raise
     form = _extract_write.layout_for(compared.arch, to)
     container = files.check_name(output, form.name) if output is not None else "safetensors"
-    todo = work(compared, asked, replaces=form.name == "peft")
+    # Whole tensors keep the checkpoint's names, which tables would translate for modules alone.
+    replaces = form.name == "peft" and not archs.get(compared.arch).has_table
+    todo = work(compared, asked, replaces=replaces)
     path = os.fspath(output) if output is not None else ""
     return Extraction(own, other, asked, compared, todo, form, container, path, "cpu", None, None)
 
 
 def _check_layout(planned: Extraction) -> None:
-    """Refuse what the layout has no place for before the work is done, not after."""
+    """Refuse what the layout has no place for before the work is done, not after.
+
+    Raises:
+        LayoutError: With what would leave it out here.
+        OptionError: There is nothing to extract.
+    """
     found = _extract_dry.placeholders(planned.work)
     if not found:
         raise OptionError(
@@ -209,5 +245,17 @@ def _check_layout(planned: Extraction) -> None:
             path=planned.tuned.base.path,
             todo="Choose more with --include, --components or --full-small",
         )
-    if planned.output:
+    if not planned.output:
+        return
+    try:
         _extract_run.size_of(planned, found)
+    except LayoutError as error:
+        # Converting has further options for the same trouble.
+        ways = [way for way in error.todo.split(". ") if "--drop" not in way and "--as" not in way]
+        raise LayoutError(
+            error.problem.replace("the input's", "the extracted"),
+            path=planned.output,
+            keys=error.keys,
+            expected=error.expected,
+            todo=". ".join([*ways, "Leave them out with --components or --exclude"]),
+        ) from error

@@ -9,11 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from loratools import formats, io
-from loratools.errors import (
-    MalformedFileError,
-    MissingFileError,
-    OptionError,
-)
+from loratools.errors import MalformedFileError, MissingFileError, NotAnAdapterError, OptionError
 from loratools.formats._read import refuse_other_types
 from loratools.model import Adapter
 from loratools.ops._cast import cast as cast
@@ -28,6 +24,7 @@ from loratools.tensors import TensorRef
 CONFIG = "adapter_config.json"
 STORE_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
+_MODEL_FILES = ("config.json", "model_index.json")  # what tells that a folder is a model's
 # Where a folder keeps its weights, best first.
 _WEIGHTS = (
     "adapter_model.safetensors",
@@ -120,6 +117,13 @@ def _file(given: str) -> str:
     names = sorted(name for name in os.listdir(given) if name.lower().endswith(SUFFIXES))
     if len(names) == 1:
         return os.path.join(given, names[0])
+    if any(name in _MODEL_FILES or name.endswith(".index.json") for name in os.listdir(given)):
+        raise NotAnAdapterError(
+            "this is the folder of a model, not of a LoRA adapter",
+            path=given,
+            expected=f"An adapter folder has {_WEIGHTS[0]} beside {CONFIG}",
+            todo="Check the order of the files: the base model comes first, then adapters",
+        )
     raise MissingFileError(
         "the folder holds no adapter" if not names else f"the folder holds {len(names)} weight files",
         path=given,

@@ -13,12 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 
+from loratools.engine import Engine
 from loratools.engine.local import Local
 from loratools.errors import OptionError
 from loratools.io.base import keys_of
 from loratools.model import Adapter
 from loratools.ops import _locate, files
 from loratools.ops._outputs import PathLike
+from loratools.ops._unmapped import unmapped
 from loratools.ops._verify_tasks import BAKED, LOST, NOT_BAKED, Job, Task, strangers, tasks
 from loratools.ops._verify_tensor import verify_tensor
 from loratools.ops._verify_untouched import untouched
@@ -38,6 +40,7 @@ def verify(
     arch: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
+    engine: Engine | None = None,
 ) -> VerifyReport:
     """Compare a checkpoint with what baking adapters into a base makes.
 
@@ -51,6 +54,7 @@ def verify(
         arch: The architecture, overriding detection.
         threads: How many tensors are worked on side by side, a count; default: one per processor.
         progress: Called with a tensor's name, the bytes done and the bytes of all.
+        engine: Where to compare; default: this machine's threads.
 
     Returns:
         A verdict on every tensor that should have changed or did; ``ok`` is whether all are as they should be.
@@ -58,13 +62,15 @@ def verify(
     Raises:
         LoraError: A file cannot be read, or the adapters do not fit the base.
     """
-    loaded = [each if isinstance(each, Adapter) else files.bakeable(each, arch=arch) for each in adapters]
+    loaded = [
+        each if isinstance(each, Adapter) else unmapped(files.bakeable(each, arch=arch)) for each in adapters
+    ]
     strengths = _strengths(weights, len(loaded))
     before, after = keys_of(base), keys_of(baked)
     plan = _locate.plan(
         before, loaded, strengths, arch=arch, components=components, skip_missing=skip_missing
     )
-    results = _run(list(tasks(before, after, plan)), threads, progress)
+    results = _run(list(tasks(before, after, plan)), engine or Local(threads), progress)
     told = [each for each in results if each is not None]
     found = _settled([*told, *strangers(before, after, plan)])
     return VerifyReport(
@@ -95,12 +101,12 @@ def _strengths(weights: Sequence[float] | None, count: int) -> tuple[float, ...]
     return given
 
 
-def _run(work: Sequence[Task], threads: int | None, progress: Progress | None) -> list[VerifiedTensor | None]:
+def _run(work: Sequence[Task], engine: Engine, progress: Progress | None) -> list[VerifiedTensor | None]:
     """Each task's result: None for a tensor that is as it was and should be."""
     sizes = [(task.change.weight if isinstance(task, Job) else task.weight).nbytes for task in work]
     total, done = sum(sizes), 0
     results: list[VerifiedTensor | None] = []
-    for task, size, result in zip(work, sizes, Local(threads).run(_verified, work), strict=True):
+    for task, size, result in zip(work, sizes, engine.run(_verified, work), strict=True):
         done += size
         results.append(result)
         if progress is not None:

@@ -71,7 +71,8 @@ def _facts(report: BakeReport, symbols: Symbols, dry_run: bool) -> Iterator[tupl
     for line in parts.missing(report.adapters, report.missing):
         yield "skipped", line
     if report.resumed:
-        yield "resumed", f"{values.plural(report.resumed, 'file')} were written before"
+        were = "was" if report.resumed == 1 else "were"
+        yield "resumed", f"{values.plural(report.resumed, 'file')} {were} written before"
     yield from _end(report, dry_run)
 
 

@@ -26,7 +26,9 @@ def share(fraction: float | None) -> str:
     # What a store dtype adds by chance is no more than all.
     if 1.0 < fraction < 1.0005:
         return "100%"
-    return values.percentage(fraction) if 0.0 <= fraction <= 1.0 else f"{fraction * 100:.1f}%"
+    if 0.0 <= fraction <= 1.0:
+        return values.percentage(fraction)
+    return f"{fraction * 100:.1f}%".replace("-0.0%", "0.0%")
 
 
 def error(fraction: float | None) -> str:
@@ -35,7 +37,8 @@ def error(fraction: float | None) -> str:
         return ""
     if fraction == 0.0 or not math.isfinite(fraction):
         return "0%" if fraction == 0.0 else str(fraction)
-    return f"{fraction:.0e}" if fraction < 5e-6 else f"{fraction * 100:.3g}%"
+    percent = fraction * 100
+    return f"{percent:.0e}%" if percent < 5e-4 else f"{percent:.3g}%"
 
 
 def duration(seconds: float) -> str:

@@ -24,7 +24,7 @@ _FEW_SHOWN = 5
 _VERDICTS = {
     "absent": "not in the result",
     "wrong": "changed to something else",
-    "unexpected": "changed, and no adapter does it",
+    "unexpected": "new or changed, and no adapter does it",
     "not baked": "still the base's",
     "partly": "baked in part",
     "baked": "as it should be",

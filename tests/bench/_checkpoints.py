@@ -13,7 +13,11 @@ from loratools.tensors import nbytes
 from tests.bench._common import make
 
 Shapes = Mapping[str, tuple[int, ...]]
-_POOL = 1 << 22  # values that are drawn once and repeated: numbers by the billion would take minutes
+# Values that are drawn once and repeated: numbers by the billion would take minutes. A prime, so that no matrix
+# repeats its rows.
+_POOL = 4_194_301
+_RANK = 16
+CHANGE = 0.1
 
 
 def sd15() -> dict[str, tuple[int, ...]]:
@@ -143,23 +147,48 @@ def write(path: Path, shapes: Shapes, dtype: str = "F16", *, seed: int = 0, chan
         shapes: Its tensors.
         dtype: "F16" or "BF16".
         seed: Of the values.
-        change: By how much, relative to their size, matrices differ from the file of the same seed without a change.
+        change: By how much, relative to their size, matrices differ from the file of the same seed without a change:
+            by turns by heavy tails, low rank and noise, and low rank.
     """
-    pool = np.random.default_rng(seed).standard_normal(_POOL, np.float32) * np.float32(0.02)
-    moved = pool + np.random.default_rng(seed + 1).standard_normal(_POOL, np.float32) * np.float32(
-        0.02 * change
-    )
-    plain, other = (_stored(values, dtype) for values in (pool, moved))
+    generator = np.random.default_rng(seed)
+    pool = generator.standard_normal(_POOL, np.float32) * np.float32(0.02)
+    tails = generator.standard_t(2.5, _POOL).astype(np.float32) * np.float32(0.02 * change)
+    plain = _stored(pool, dtype)
     with open(path, "wb") as file:
         file.write(build([(name, dtype, shape) for name, shape in shapes.items()], {"format": "pt"}))
         for number, (name, shape) in enumerate(shapes.items()):
-            source = other if change and len(shape) > 1 and "first_stage" not in name else plain
-            left, start = nbytes(shape, dtype), 2 * (number * 7919 % _POOL)
+            start = number * 7919 % _POOL
+            if change and changed(name, shape):
+                for values in _tuned(pool, tails, shape, start, number):
+                    file.write(_stored(values, dtype))
+                continue
+            left, start = nbytes(shape, dtype), 2 * start
             while left:
-                piece = source[start : start + left]
+                piece = plain[start : start + left]
                 file.write(piece)
                 left, start = left - len(piece), 0
     return path
+
+
+def changed(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of this name differs in a file written with a change."""
+    return len(shape) > 1 and "first_stage" not in name and "embed" not in name
+
+
+def _tuned(
+    pool: np.ndarray, tails: np.ndarray, shape: tuple[int, ...], start: int, number: int
+) -> Iterator[np.ndarray]:
+    """A tensor's values with a difference of heavy tails, low rank and noise, or low rank, a few rows at a time."""
+    out, width = shape[0], int(np.prod(shape[1:]))
+    generator = np.random.default_rng(number)
+    up, down = (generator.standard_normal(size, np.float32) for size in ((out, _RANK), (_RANK, width)))
+    noise = np.float32((1.0, 0.3, 0.0)[number % 3])
+    low = np.float32(0.0 if number % 3 == 0 else float(tails.std()) / _RANK**0.5)
+    rows = max(1, _POOL // width)
+    for row in range(0, out, rows):
+        part = up[row : row + rows] @ down * low
+        places = np.arange(part.size) + (start + row * width)
+        yield pool.take(places, mode="wrap") + part.ravel() + noise * tails.take(places, mode="wrap")
 
 
 def _stored(values: np.ndarray, dtype: str) -> memoryview:

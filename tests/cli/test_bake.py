@@ -210,7 +210,7 @@ def test_the_bar_shows_bytes_rate_and_remaining_time_in_80_columns(monkeypatch):
     assert any("1.0/2.0 GB" in line for line in lines)
     joined = "".join(shown.split())
     assert "/s" in joined
-    assert "model.diffusion" in joined
+    assert "proj_in.weight" in joined
 
 
 def test_planning_does_not_wait_for_torch():

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import loratools as lt
-from loratools.errors import MalformedFileError
+from loratools.errors import MalformedFileError, UnsupportedKindError
+from loratools.formats import _peft_config
 
 
 def scales(path: Path) -> dict[str, float]:
@@ -215,3 +216,26 @@ def test_an_adapter_for_a_changed_base_says_so_once(method: str, tmp_path: Path)
     assert len(notes) == 1
     assert method in notes[0]
     assert not lt.load(make.peft(tmp_path / "b", config={"init_lora_weights": "gaussian"}).path).notes
+
+
+def test_repeated_layers_are_a_changed_base_too(tmp_path: Path) -> None:
+    made = make.peft(tmp_path / "a", config={"layer_replication": [[0, 2], [1, 2]]})
+    with pytest.raises(UnsupportedKindError, match="layer_replication to null"):
+        _peft_config.refuse_changed_base(lt.load(made.path))
+    _peft_config.refuse_changed_base(lt.load(make.peft(tmp_path / "b").path))
+
+
+@pytest.mark.parametrize(
+    ("config", "variant"),
+    [
+        ({}, ""),
+        ({"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "coft": False, "eps": 6e-5}, ""),
+        ({"use_cayley_neumann": False, "num_cayley_neumann_terms": 7}, "cayley"),
+        ({"num_cayley_neumann_terms": 7}, "neumann=7"),
+        ({"coft": True, "eps": None}, "coft=6e-05"),
+        ({"use_cayley_neumann": False, "coft": True, "eps": 0.25}, "cayley coft=0.25"),
+    ],
+)
+def test_which_rotation_pefts_oft_makes(config: dict[str, object], variant: str) -> None:
+    assert _peft_config.variant({"peft_type": "OFT", **config}) == variant
+    assert not _peft_config.variant({"peft_type": "LORA", **config})

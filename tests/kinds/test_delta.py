@@ -207,6 +207,30 @@ def test_a_shared_block_turns_all_inputs() -> None:
     close(kinds.delta(shared, weight, wide=True), kinds.delta(repeated, weight, wide=True).numpy())
 
 
+@pytest.mark.parametrize("variant", ["cayley", "neumann=2", "neumann=7", "coft=0.1", "cayley coft=0.1"])
+def test_rotations_that_pefts_configuration_names(variant: str) -> None:
+    module, base, _ = make.sample("oft-peft")
+    said = dict(word.split("=") for word in variant.split() if "=" in word)
+    packed = module.factors["oft_r"].load().numpy()
+    turned = []
+    for row, columns in zip(packed, np.split(base, len(packed), axis=1), strict=True):
+        skew, one = np.zeros((4, 4)), np.eye(4)
+        skew[np.triu_indices(4, 1)] = row
+        skew -= skew.T
+        limit = float(said.get("coft", np.inf)) / np.sqrt(len(packed))
+        skew *= min(1.0, limit / np.linalg.norm(skew))
+        if "cayley" in variant:
+            turn = (one - skew) @ np.linalg.inv(one + skew)
+        else:
+            count = int(said.get("neumann", 5))
+            factors = [1.0, *[2.0] * (count - 1)]
+            factors[-1] = factors[-1] if count < 3 else 1.0
+            turn = sum(each * np.linalg.matrix_power(skew, power) for power, each in enumerate(factors))
+        turned.append(columns @ turn.T)
+    found = kinds.delta(module._replace(variant=variant), torch.from_numpy(base), wide=True)
+    close(found, np.concatenate(turned, axis=1) - base)
+
+
 def test_a_convolutions_vector_of_peft_is_told_by_the_base() -> None:
     base = torch.randn(6, 4, 3, 3, dtype=torch.float64)
     for length, axis in ((6, 0), (4, 1)):
@@ -224,3 +248,6 @@ def test_forms_of_oft_that_nobody_described_are_refused() -> None:
     for factors in ({"oft_r": np.ones((2, 4, 4))}, {"boft_r": np.ones((2, 4, 4))}):
         with pytest.raises(UnsupportedKindError, match="OFT in this form"):
             kinds.delta(make.module_of("oft", factors, 1.0), torch.ones(8, 8))
+    module, base, _ = make.sample("oft-peft")
+    with pytest.raises(UnsupportedKindError, match="OFT in this form"):
+        kinds.delta(module._replace(variant="expm"), torch.from_numpy(base))

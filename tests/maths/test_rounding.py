@@ -183,3 +183,10 @@ def test_compensation_refuses_what_does_not_fit() -> None:
     found = rounding.compensated(edge, torch.float16, left, right)
     assert bool(found.data.isfinite().all())
     assert np.isfinite(found.after)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.float8_e5m2])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_fits_nowhere(dtype: torch.dtype, value: float) -> None:
+    assert not rounding.fits(torch.tensor([1.0, value], dtype=torch.float64), dtype)
+    assert rounding.fits(torch.tensor([1.0, torch.finfo(dtype).max], dtype=torch.float64), dtype)

@@ -93,6 +93,35 @@ def test_error_is_within_a_thousandth_of_the_optimum(zoo, name, method):
         check(found, matrix, sigma)
 
 
+@pytest.mark.parametrize("shape", [(2048, 640), (640, 2048)])
+def test_one_singular_value_of_a_long_matrix(shape):
+    for matrix in (gaussian(*shape), student(*shape)):
+        found = decompose(matrix, Rule("rank", 1))
+        assert found.method == "randomized"
+        check(found, matrix, torch.linalg.svdvals(matrix.to(COMPUTE)))
+
+
+def test_equal_singular_values_as_many_as_a_block_is_wide():
+    step = np.arange(400)
+    for count in (16, 17, 40):
+        matrix = with_spectrum(420, 400, np.where(step < count, 1.0, 0.05))
+        check(
+            decompose(matrix, Rule("rank", 16), method="randomized"),
+            matrix,
+            torch.linalg.svdvals(matrix.to(COMPUTE)),
+        )
+
+
+def test_a_merged_adapter_takes_two_products(monkeypatch):
+    products = []
+    multiply = _krylov._State.multiply
+    monkeypatch.setattr(_krylov._State, "multiply", lambda self: (products.append(1), multiply(self))[1])
+    base = gaussian(700, 600, seed=5)
+    tuned = base + 0.01 * gaussian(700, 12) @ gaussian(12, 600, seed=1)
+    found = decompose(tuned - base, Rule("rank", 32), noise=2.0**-24 * float(base.norm()))
+    assert (found.method, found.sigma.numel(), len(products)) == ("randomized", 12, 2)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_the_bound_holds_from_every_start(seed):
     for matrix in (

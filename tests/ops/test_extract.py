@@ -198,9 +198,11 @@ def test_biases_and_norms_only_on_request(tmp_path: Path) -> None:
     norm = "base_model.model.model.layers.0.input_layernorm.weight"
     assert torch.equal(found.extras[norm].load(), tuned["model.layers.0.input_layernorm.weight"])
     assert found.config["modules_to_save"] == ["input_layernorm"]
-    by_path = {target.path: module for target, module in found.modules.items()}
-    key = by_path["model.layers.0.self_attn.k_proj"]
-    assert torch.allclose(key.factors["up_bias"].load(), torch.full((12,), 0.5))
+    # PEFT keeps the biases of modules that it wraps under the wrapped module's name, and loads no others.
+    bias = "base_model.model.model.layers.0.self_attn.k_proj.base_layer.bias"
+    assert torch.equal(found.extras[bias].load(), tuned["model.layers.0.self_attn.k_proj.bias"])
+    assert found.config["bias"] == "all"
+    assert "lora_bias" not in found.config
     assert extract(*paths, rank=2, full_small=True)[1].left_out == ()
 
 

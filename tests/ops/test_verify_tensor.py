@@ -46,6 +46,25 @@ def test_the_grid_is_the_dtype_s(dtype):
     assert torch.equal(grid(off, dtype)[0][:-1], off.float().to(dtype).double()[:-1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_the_step_at_zero_is_the_smallest_number(dtype):
+    info = torch.finfo(dtype)
+    near, step = grid(torch.tensor([0.0, -0.0], dtype=torch.float64), dtype)
+    assert not near.any()
+    assert step.tolist() == [info.smallest_normal * info.eps] * 2
+
+
+def test_a_value_far_off_is_seen_beside_zeros():
+    base = torch.randn(64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e-3
+    base[0] = 0.0
+    base = base.half()
+    target = base.double()
+    target[1:] += 2e-5
+    stored = target.half()
+    stored[5, 5] += 2e-3
+    assert judged(base, target, stored).verdict == "wrong"
+
+
 @pytest.mark.parametrize("size", [0.01, 0.3, 1.0, 30.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rounding_to_nearest_is_baked(dtype, size):

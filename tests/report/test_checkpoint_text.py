@@ -185,6 +185,7 @@ def test_components_of_a_verification_are_counted_apart():
         (0.99999, "99.99%"),
         (1.3, "130.0%"),
         (-0.5, "-50.0%"),
+        (-1e-6, "0.0%"),
         (0.0, "0.0%"),
         (math.nan, "nan"),
     ],
@@ -195,7 +196,7 @@ def test_shares(value, text):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, ""), (0.0, "0%"), (1e-9, "1e-09"), (1e-4, "0.01%"), (0.5, "50%"), (math.inf, "inf")],
+    [(None, ""), (0.0, "0%"), (1e-9, "1e-07%"), (1e-4, "0.01%"), (0.5, "50%"), (math.inf, "inf")],
 )
 def test_errors(value, text):
     assert checkpoint_parts.error(value) == text
