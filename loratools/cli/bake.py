@@ -39,7 +39,8 @@ Examples:
 @click.option(
     "--resume",
     is_flag=True,
-    help="Go on after the last whole file of an interrupted bake of several files.",
+    help="For a model of several files: keep those that are whole where this bake is interrupted, and go on behind "
+    "those of one that was.",
 )
 @options.baking
 @options.arch

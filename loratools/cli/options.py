@@ -205,7 +205,7 @@ _threads: Decorator[Any] = click.option(
     help="Threads to compute with. Default: one per core.",
 )
 _quiet: Decorator[Any] = click.option(
-    "--quiet", "-q", is_flag=True, help="No progress bar, and no report of what was written."
+    "--quiet", "-q", is_flag=True, help="No progress bar, and no report."
 )
 _debug: Decorator[Any] = click.option(
     "--debug",
@@ -257,7 +257,7 @@ _device: Decorator[Any] = click.option(
     help="Where to compute: auto (default), cpu, cuda, cuda:N or mps.",
 )
 _overwrite: Decorator[Any] = click.option(
-    "--overwrite", is_flag=True, help="Replace an existing output; it may be one of the inputs."
+    "--overwrite", is_flag=True, help="Replace an existing output."
 )
 _dry_run: Decorator[Any] = click.option(
     "--dry-run", is_flag=True, help="Do everything but write, and say what would be written."

@@ -32,7 +32,7 @@ class Rule(NamedTuple):
     Attributes:
         kind: "rank": ``value`` of them. "energy": the fewest with Σσ² ≥ value·‖D‖_F². "error": the fewest with
             ‖D − D_k‖_F ≤ value·‖D‖_F. "ratio": those that are not small against the first; a value up to 1 is a
-            fraction, σ > value·σ₁ (as LyCORIS has it), one above 1 a divisor, σ > σ₁/value (sd-scripts' sv_ratio).
+            fraction, σ ≥ value·σ₁ (LyCORIS takes >), one above 1 a divisor, σ ≥ σ₁/value (sd-scripts' sv_ratio).
             Unlike sd-scripts, which keeps one more than each of its rules asks for, exactly these are kept.
         value: A count, or a fraction as above.
         least: The fewest that are kept, a count, where the matrix has as many.
@@ -178,11 +178,11 @@ def parse_size(text: str) -> int:
 
 
 def _above(value: float, sigma: Float64) -> int | None:
-    """How many σ exceed a share of the first; None where all that are known do."""
+    """How many σ are at least a share of the first; None where all that are known are."""
     if not sigma.size:
         return None
     share = value if value <= 1.0 else 1.0 / value
-    count = int(np.count_nonzero(sigma > share * sigma[0]))
+    count = int(np.count_nonzero(sigma >= share * sigma[0]))
     return count if count < sigma.size else None
 
 

@@ -38,7 +38,10 @@ def write_configs(
                 weight_map[key] = os.path.relpath(shard.name, folder or ".").replace(os.sep, "/")
                 sizes[key] = nbytes(shape, kind)
         write_json(index, true_index(os.path.join(base.folder, index), weight_map, sizes))
-    for part, changes in plan.config.items():
-        if part in base.configs:
-            name = f"{part}/config.json" if part else "config.json"
-            write_json(name, {**base.configs[part], **changes})
+    for part, said in base.configs.items():
+        changed = {**said, **plan.config.get(part, {})}
+        if store is not None and any(weight.dtype.startswith("F8_") for weight in base.parts[part].values()):
+            # The weights are no longer float8.
+            changed.pop("quantization_config", None)
+        if changed != said:
+            write_json(f"{part}/config.json" if part else "config.json", changed)

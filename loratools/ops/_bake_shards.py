@@ -169,8 +169,8 @@ def _casts(
     from loratools.ops import _quantised
 
     found: list[Cast] = []
-    dropped: set[str] = set()
     part = base.parts[shard.part]
+    dropped = _quantised.markers(part) & weights.keys()
     for weight in part.values():
         scale = _quantised.scale_of(part, weight) if DTYPES[weight.dtype].bits == 8 else None
         if scale is not None and scale.key in weights:

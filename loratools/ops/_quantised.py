@@ -19,6 +19,9 @@ _WEIGHT = ".weight"
 # What a module's scale is called beside its weight; of a parameter without a module, behind its own name.
 _SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
 _PARAMETER_SCALES = ("_scale", "_scale_inv")
+# ComfyUI's sign that a file has scales, and what lies beside a float8 weight besides them.
+_MARKER = "scaled_fp8"
+_BESIDE = (".comfy_quant", ".input_scale", ".scale_input")
 _PLAIN = frozenset({"F16", "BF16", "F32", "F64"})
 _FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 # Tensors beside a module that tell how its weight is packed, in the order in which they are asked for.
@@ -69,6 +72,19 @@ def scale_of(part: Mapping[str, Weight], weight: Weight) -> Weight | None:
     names = [stem + end for end in _SCALES] if stem != weight.key else []
     names.extend(weight.key + end for end in _PARAMETER_SCALES)
     return next((part[name] for name in names if name in part), None)
+
+
+def markers(part: Mapping[str, Weight]) -> set[str]:
+    """The keys that only say how a part's float8 weights are stored and used: wrong once they are something else.
+
+    ComfyUI's ``scaled_fp8`` and ``comfy_quant``, and the scales of activations (``input_scale``, ``scale_input``).
+
+    Args:
+        part: All tensors of a model, by key.
+    """
+    float8 = {key.removesuffix(_WEIGHT) for key, weight in part.items() if weight.dtype in _FLOAT8}
+    found = {key for key in part if key.rpartition(".")[2] == _MARKER and float8}
+    return found | {stem + end for stem in float8 for end in _BESIDE if stem + end in part}
 
 
 def block_of(weight: Weight, scale: Weight) -> tuple[int, int] | None:

@@ -197,7 +197,7 @@ def _lacking(adapter: Adapter, lost: Lost) -> list[str]:
     missing = {*lost.missing}
     without = {target.component for target in adapter.modules if str(target) in missing}
     having = dict.fromkeys(target.component for target in adapter.modules if str(target) not in missing)
-    return [] if without & having.keys() or not lost.missing else list(having)
+    return [] if not without or without & having.keys() else list(having)
 
 
 def _seen(adapter: Adapter, base: Base, first: Target | None, here: Places | None) -> str:

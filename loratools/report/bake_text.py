@@ -127,11 +127,12 @@ def _tensors(worst: list[BakedTensor], count: int, width: int, symbols: Symbols)
 
 
 def _noted(report: BakeReport) -> Iterator[str]:
-    """What is said of single tensors, once for all of which the same is said."""
+    """What is said of single tensors, once for all of which the same is said but for numbers."""
     groups: dict[str, list[str]] = {}
     for tensor in report.tensors:
         if tensor.note:
-            groups.setdefault(tensor.note, []).append(tensor.key)
-    for note, keys in groups.items():
-        more = f" (and {len(keys) - 1:,} more like it)" if len(keys) > 1 else ""
-        yield f"{keys[0]}: {note}{more}"
+            kind = "".join(char for char in tensor.note if not char.isdigit() and char != ".")
+            groups.setdefault(kind, []).append(f"{tensor.key}: {tensor.note}")
+    for notes in groups.values():
+        more = f" (and {len(notes) - 1:,} more like it)" if len(notes) > 1 else ""
+        yield f"{notes[0]}{more}"

@@ -178,3 +178,31 @@ def test_float8_with_scales(form: str, dtype: torch.dtype, store: str, tmp_path:
 
 def _scales_of(scale: torch.Tensor, form: str) -> torch.Tensor:
     return scale[:, None] if form == "rows" else scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+
+
+def test_marks_of_float8_go_with_it(tmp_path: Path) -> None:
+    stored = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    base = {
+        "a.weight": stored,
+        "a.scale_weight": torch.tensor(0.5),
+        "a.scale_input": torch.tensor(1.0),
+        "a.comfy_quant": torch.zeros(4, dtype=torch.uint8),
+        "b.weight": torch.ones(4, 4, dtype=torch.bfloat16),
+        "b.input_scale": torch.tensor(3.0),
+        "scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn),
+    }
+    folder = tmp_path / "base"
+    folder.mkdir()
+    save_file(base, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "x", "quantization_config": {"quant_method": "fp8"}}')
+    given = adapter("a", size=(64, 64))
+
+    bake(folder, [given], tmp_path / "kept")
+    assert load_file(tmp_path / "kept" / "model.safetensors").keys() == base.keys()
+    assert "quantization_config" in (tmp_path / "kept" / "config.json").read_text()
+
+    bake(folder, [given], tmp_path / "cast", dtype="bfloat16")
+    found = load_file(tmp_path / "cast" / "model.safetensors")
+    # What lies beside a weight that never was float8 is nobody's mark.
+    assert {*found} == {"a.weight", "b.weight", "b.input_scale"}
+    assert json.loads((tmp_path / "cast" / "config.json").read_text()) == {"model_type": "x"}
