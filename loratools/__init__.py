@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from loratools.engine import Engine
     from loratools.ops.checkpoint_results import BakeReport, VerifyReport
+    from loratools.ops.compare_results import CompareReport
     from loratools.ops.results import ConvertReport, Info
 
     Multipliers = Mapping[str, float] | Sequence[float]
@@ -32,11 +33,13 @@ __all__ = [
     "Target",
     "__version__",
     "bake",
+    "compare",
     "convert",
     "extract",
     "info",
     "load",
     "merge",
+    "resize",
     "save",
     "verify",
 ]
@@ -181,7 +184,9 @@ def merge(
         threads: How many modules are worked on side by side, a count; default: one per processor.
         allow_nonfinite: Go on with NaN or Inf in a factor.
         drop: What may be left out: "extras", the tensors that belong to no module.
-        options: The method's own: ``density`` (the fraction kept, in (0, 1]), ``lam``, ``seed``.
+        options: The method's own (``density``, ``lam``, ``seed``, …), and for any method ``weight_for`` (patterns on
+            paths), ``protect``, ``protect_energy``, ``protect_strength`` and ``boost``; see
+            :func:`loratools.ops.merge.merge`.
 
     Raises:
         LoraError: They cannot be merged; the message says which and why.
@@ -204,6 +209,62 @@ def merge(
         **options,
     )
     return merged
+
+
+def resize(
+    adapter: Adapter,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    ratio: float | None = None,
+    error: float | None = None,
+    size: int | str | None = None,
+    **options: Any,
+) -> Adapter:
+    """Cut every module of an adapter to a lower rank, by exactly one rule; each is the best of its rank.
+
+    Args:
+        adapter: From ``load``.
+        rank: Of every module, a count.
+        energy: Or the smallest ranks that keep this fraction of Σσ², in (0, 1].
+        ratio: Or as many directions as have σ of at least this fraction of the largest; above 1: of its F-th part.
+        error: Or the smallest ranks with this relative error of each ΔW.
+        size: Or the best file of this many bytes ("20MB").
+        options: ``min_rank``, ``max_rank``, ``conv_rank``, ``multiple_of``, ``to_rank_of``, ``base``, ``against``,
+            ``layout``, ``dtype``, ``device``, ``threads``; see :func:`loratools.ops.resize.resize`.
+
+    Returns:
+        The smaller adapter; ``save`` writes it.
+
+    Raises:
+        LoraError: It cannot be resized; the message says which module and why.
+    """
+    from loratools.ops.resize import resize as run
+
+    found, _ = run(adapter, rank=rank, energy=energy, ratio=ratio, error=error, size=size, **options)
+    return found
+
+
+def compare(
+    adapters: Sequence[Adapter | str | PathLike[str]],
+    *,
+    weights: Sequence[float] | None = None,
+    **options: Any,
+) -> CompareReport:
+    """How adapters relate: cosines, norm ratios, overlap of subspaces, sign conflict, and which are one adapter.
+
+    Args:
+        adapters: From ``load``, or paths; two at least.
+        weights: What each ΔW is multiplied by; default 1 each.
+        options: ``components``, ``modules``, ``suggest``, ``exact``, ``base``, ``arch``, ``device``, ``threads``; see
+            :func:`loratools.ops.compare.compare`.
+
+    Raises:
+        LoraError: They cannot be compared.
+    """
+    from loratools.ops.compare import compare as run
+
+    return run(adapters, weights=weights, **options)
 
 
 def bake(

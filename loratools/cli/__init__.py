@@ -30,6 +30,8 @@ COMMANDS = {
     "info": "What each file is: architecture, layout, ranks, norms, training.",
     "convert": "Write an adapter in another layout, losslessly.",
     "merge": "Combine several adapters into one.",
+    "resize": "Cut an adapter to lower ranks, as little as the rule allows.",
+    "compare": "How adapters relate, and where they would interfere.",
     "bake": "Write a checkpoint with adapters in it.",
     "extract": "Make a LoRA from the difference of two checkpoints.",
     "verify": "Whether a checkpoint is BASE with adapters baked in, tensor by tensor.",
@@ -43,6 +45,7 @@ Examples:
   loratools info style.safetensors
   loratools convert style.safetensors -o style_diffusers.safetensors --to diffusers
   loratools merge style.safetensors character.safetensors -o both.safetensors
+  loratools resize style.safetensors -o small.safetensors --energy 0.95
   loratools bake base.safetensors style.safetensors -o baked.safetensors
   loratools extract base.ckpt tuned.ckpt --rank 32
   loratools merge --help
@@ -59,7 +62,7 @@ Examples:
 )
 @click.version_option(__version__, prog_name="loratools", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Inspect, convert, merge, bake and extract LoRA adapters, whatever trainer wrote them.
+    """Inspect, convert, merge, resize, compare, bake and extract LoRA adapters, whatever trainer wrote them.
 
     A PATH is a .safetensors, .ckpt, .pt, .pth, .bin or .npz file, a folder that is an adapter (PEFT, MLX), or a model:
     sharded, or a diffusers folder. GGUF cannot be read yet. What a file is, is read from its
@@ -83,6 +86,9 @@ def main() -> None:
         if isinstance(ended.code, int) and _nothing_left():
             # Taking every object apart before the process ends costs as much as half of `info --no-norms`.
             os._exit(ended.code)
+        # At the end the interpreter looks for cycles twice, among all the objects that importing torch has made. None
+        # of them has anything to give back but memory.
+        gc.freeze()
         raise
 
 

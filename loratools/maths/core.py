@@ -92,14 +92,14 @@ def _singular(basis: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def inner_products(parts: Sequence[Factors], weights: Sequence[float]) -> torch.Tensor:
-    """⟨ΔWᵢ, ΔWⱼ⟩ = Σ (upᵢᵀupⱼ) ∘ (downᵢdownⱼᵀ), times the weights: (T, T) float64.
+    """⟨ΔWᵢ, ΔWⱼ⟩ = Σ (upᵢᵀupⱼ) ∘ (downᵢdownⱼᵀ), times the weights: (T, T) float64, on the CPU.
 
     Args:
         parts: At least one, all of one shape (out, in).
         weights: What each product is multiplied by.
     """
     wide = [part.to(COMPUTE) for part in parts]
-    found = torch.zeros(len(parts), len(parts), dtype=COMPUTE)
+    found = torch.zeros(len(parts), len(parts), dtype=COMPUTE, device="cpu")
     for row, one in enumerate(wide):
         for column, other in enumerate(wide[: row + 1]):
             value = ((one.up.T @ other.up) * (one.down @ other.down.T)).sum() * weights[row] * weights[column]

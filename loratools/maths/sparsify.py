@@ -1,4 +1,7 @@
-"""Magnitude trimming of a matrix that is only given as row tiles: exact, with ties broken by position.
+"""Trimming by magnitude of a matrix that is only given as row tiles: exact, with ties broken by position.
+
+Elements are ordered by descending magnitude, equal ones in row-major order; a :class:`Cut` keeps a beginning of that
+order, a :class:`Band` a stretch of it.
 
 The k-th largest magnitude is found by refining digits: the bit pattern of a non-negative float grows with its
 value, so a histogram of the leading bits over one sweep tells in which bin it lies, and the next sweep looks
@@ -47,6 +50,24 @@ class Cut:
         return above | equal
 
 
+@dataclass(frozen=True, slots=True)
+class Band:
+    """What is left between the largest magnitudes and the smallest.
+
+    Attributes:
+        reach: What is kept together with the largest.
+        largest: The largest, which are not kept; None where there are none of them.
+    """
+
+    reach: Cut
+    largest: Cut | None
+
+    def kept(self, start: int, tile: torch.Tensor) -> torch.Tensor:
+        """Which elements of the tile that begins at row ``start`` are kept, as a mask of its shape."""
+        reached = self.reach.kept(start, tile)
+        return reached if self.largest is None else reached & ~self.largest.kept(start, tile)
+
+
 def kept_count(density: float, numel: int) -> int:
     """How many of ``numel`` elements a density keeps: density · numel rounded half up, at least one.
 
@@ -77,7 +98,49 @@ def magnitude_cut(sweep: Sweep, numel: int, density: float) -> Cut:
         NonFiniteError: The matrix holds NaN or Inf.
         OptionError: The density lies outside (0, 1].
     """
-    count = kept_count(density, numel)
+    return _cut(sweep, numel, kept_count(density, numel))
+
+
+def band_cut(sweep: Sweep, numel: int, density: float, gamma: float) -> Band:
+    """The band that keeps ``kept_count(density, numel)`` elements, the largest that follow the largest.
+
+    Of the largest, gamma · numel (rounded half up) are not kept, or as many as the density leaves over.
+
+    Args:
+        sweep: The matrix by rows, float32 or float64.
+        numel: Its number of elements.
+        density: The fraction kept, in (0, 1].
+        gamma: The fraction of the largest that is not, in [0, 1).
+
+    Raises:
+        NonFiniteError: The matrix holds NaN or Inf.
+        OptionError: A fraction lies outside its range.
+    """
+    if not 0.0 <= gamma < 1.0:
+        raise OptionError(
+            f"gamma {gamma}", expected="The fraction of the largest that is removed lies in [0, 1)"
+        )
+    kept = kept_count(density, numel)
+    removed = min(numel - kept, math.floor(gamma * numel + 0.5))
+    return Band(_cut(sweep, numel, kept + removed), _cut(sweep, numel, removed) if removed else None)
+
+
+def places_in_rows(tile: torch.Tensor) -> torch.Tensor:
+    """The place of each element in its row by descending magnitude, 0 for the largest; equal ones as they come.
+
+    Args:
+        tile: (rows, columns).
+
+    Returns:
+        (rows, columns) int64, in every row each of 0 … columns − 1 once.
+    """
+    order = torch.sort(tile.abs(), dim=1, descending=True, stable=True).indices
+    counted = torch.arange(tile.shape[1], device=tile.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, counted)
+
+
+def _cut(sweep: Sweep, numel: int, count: int) -> Cut:
+    """The cut that keeps ``count`` elements, at least one."""
     if count == numel:
         return Cut(0.0, numel - 1)
     dtype = next(iter(sweep()))[1].dtype
@@ -101,7 +164,7 @@ def _check_finite(histogram: torch.Tensor, shift: int, dtype: torch.dtype) -> No
     Raises:
         NonFiniteError: There are some.
     """
-    infinity = int(torch.tensor(torch.inf, dtype=dtype).view(_INTEGERS[dtype])) >> shift
+    infinity = int(torch.tensor(torch.inf, dtype=dtype, device="cpu").view(_INTEGERS[dtype])) >> shift
     if histogram.numel() > infinity and bool(histogram[infinity:].any()):
         raise NonFiniteError(
             "a matrix to be trimmed holds NaN or Inf", expected="Finite factors were expected"
@@ -116,7 +179,7 @@ def _patterns(sweep: Sweep) -> Iterator[tuple[int, torch.Tensor]]:
 
 def _histogram(sweep: Sweep, bin_: int, shift: int, step: int) -> torch.Tensor:
     """Counts of the ``step`` bits above ``shift``, of elements whose higher bits are ``bin_``."""
-    counts = torch.zeros(1 << step, dtype=torch.int64)
+    counts = torch.zeros(1 << step, dtype=torch.int64, device="cpu")
     for _, bits in _patterns(sweep):
         digits = bits >> shift
         inside = digits[(digits >> step) == bin_]

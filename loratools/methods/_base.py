@@ -78,11 +78,13 @@ class Outcome:
         energy: The fraction of Σσ² retained of the method's own result at full rank; 1.0 where nothing was
             lost.
         square: ‖ΔW‖_F² of the merged ΔW where the method knows it, else None.
+        note: What the user should know of how it was computed, a clause without a full stop; or empty.
     """
 
     factors: Factors
     energy: float | None = 1.0
     square: float | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,9 @@ import torch
 from loratools import formats, methods
 from loratools.errors import NonFiniteError
 from loratools.kinds import lora
+from loratools.maths.boost import boosted
 from loratools.maths.lowrank import COMPUTE, Factors, stack
+from loratools.maths.protect import protected
 from loratools.model import Module, Target
 from loratools.ops._request import Request
 from loratools.ops.align import Contribution
@@ -31,9 +33,10 @@ class Combined:
         module: The merged module; None where ``nonfinite`` says why not.
         sources: Positions of the inputs that contributed.
         energy: The fraction retained of Σσ² of the method's own full-rank result; None where a module was carried.
-        size: ‖ΔW‖_F² of the result.
+        size: ‖ΔW‖_F² of the method's result.
         nonfinite: Keys of factors that hold NaN or Inf, each with the position of its input.
-        note: What the caller should know, or empty.
+        note: What the caller should know of this target, or empty.
+        remark: What the caller should know of how it was computed, which may hold for many targets; or empty.
     """
 
     module: Module | None
@@ -42,46 +45,91 @@ class Combined:
     size: float = 0.0
     nonfinite: tuple[tuple[int, str], ...] = ()
     note: str = ""
+    remark: str = ""
 
 
 def combine(asked: Request, target: Target, contributions: Sequence[Contribution]) -> Combined:
     """Merge one target.
 
+    Args:
+        asked: What was asked for.
+        target: The weight.
+        contributions: The inputs' modules there, and those of the protected adapters, whose positions come after all
+            of the inputs'.
+
     Raises:
         NonFiniteError: The result does not fit the store dtype.
         LoraError: The method refuses.
     """
-    sources = tuple(sorted({each.source for each in contributions}))
-    active = [each for each in contributions if _weight(asked, each) != 0.0]
+    given = [each for each in contributions if each.source < len(asked.adapters)]
+    styles = [
+        each for each in contributions if each.source >= len(asked.adapters) and each.module.scale != 0.0
+    ]
+    sources = tuple(sorted({each.source for each in given}))
+    active = [each for each in given if _weight(asked, each) != 0.0]
     if not active:
         return Combined(None, sources)
-    factors = [_factors(each, asked.device) for each in active]
+    factors, guarded = ([_factors(each, asked.device) for each in some] for some in (active, styles))
     bad = tuple(
         (each.source, name)
-        for each, pair in zip(active, factors, strict=True)
+        for each, pair in zip([*active, *styles], [*factors, *guarded], strict=True)
         for name in _nonfinite(each.module, pair)
     )
     if bad and not asked.allow_nonfinite:
         return Combined(None, sources, nonfinite=bad)
-    if len(active) == 1 and _carries(asked, active[0]):
+    if len(active) == 1 and _carries(asked, active[0], styles):
         size = active[0].module.scale ** 2 * _energy_of(factors[0].to(COMPUTE))
         return Combined(_carried(active[0].module, asked, target), sources, size=size)
     if bad:
         # Nothing can be decomposed that holds NaN: side by side, the factors keep it where it was.
         weights = [_weight(asked, each) * each.module.scale for each in active]
         merged = _for_scale(asked, stack(factors, weights))
-        return Combined(
-            _module(asked, target, active, merged), sources, note=f"{target} holds NaN or Inf and was stacked"
-        )
-    parts = [
-        methods.Part(pair, _weight(asked, each), each.module.scale, each.source)
-        for each, pair in zip(active, factors, strict=True)
-    ]
-    outcome = asked.method.combine(parts, replace(asked.options, key=str(target)))
-    merged = _for_scale(asked, outcome.factors.to(COMPUTE))
-    module = _module(asked, target, active, merged)
+        steps = ", neither protected nor boosted" if styles or asked.steps.boost is not None else ""
+        note = f"{target} holds NaN or Inf and was stacked{steps}"
+        return Combined(_module(asked, target, active, merged), sources, note=note)
+    parts = _parts(active, factors, [_weight(asked, each) for each in active])
+    outcome = _merged(asked, target, parts, _parts(styles, guarded, [1.0] * len(styles)))
     size = outcome.square if outcome.square is not None else _energy_of(outcome.factors.to(COMPUTE))
-    return Combined(module, sources, outcome.energy, size, note=_underflow(module, merged))
+    wide = outcome.factors.to(COMPUTE)
+    merged = _for_scale(asked, wide if asked.steps.boost is None else boosted(wide, asked.steps.boost))
+    module = _module(asked, target, active, merged)
+    return Combined(
+        module, sources, outcome.energy, size, note=_underflow(module, merged), remark=outcome.note
+    )
+
+
+def _merged(
+    asked: Request, target: Target, parts: Sequence[methods.Part], styles: Sequence[methods.Part]
+) -> methods.Outcome:
+    """What the method makes of the parts, which are kept off the main directions of the protected adapters."""
+    guarded = [style.factors for style in styles]
+    steps = asked.steps
+    kept = [
+        replace(part, factors=protected(part.factors, guarded, steps.energy, steps.strength))
+        if guarded and part.source not in steps.exempt
+        else part
+        for part in parts
+    ]
+    return asked.method.combine(kept, replace(asked.options, key=str(target)))
+
+
+def _parts(
+    contributions: Sequence[Contribution], factors: Sequence[Factors], weights: Sequence[float]
+) -> list[methods.Part]:
+    """One part for each adapter: the pieces of a weight that it has split are one change, not several."""
+    pieces: dict[int, list[tuple[Contribution, Factors, float]]] = {}
+    for each, pair, weight in zip(contributions, factors, weights, strict=True):
+        pieces.setdefault(each.source, []).append((each, pair, weight))
+    parts = []
+    for source, found in pieces.items():
+        # All pieces are of one path, and so of one weight.
+        weight = found[0][2]
+        if len(found) == 1:
+            parts.append(methods.Part(found[0][1], weight, found[0][0].module.scale, source))
+        else:
+            whole = stack([pair for _, pair, _ in found], [each.module.scale for each, _, _ in found])
+            parts.append(methods.Part(whole, weight, 1.0, source))
+    return parts
 
 
 def _weight(asked: Request, each: Contribution) -> float:
@@ -105,10 +153,18 @@ def _nonfinite(module: Module, factors: Factors) -> list[str]:
     return found
 
 
-def _carries(asked: Request, each: Contribution) -> bool:
+def _carries(asked: Request, each: Contribution, styles: Sequence[Contribution]) -> bool:
     """Whether a module goes over as it is: alone, whole, at weight 1, and nothing asks for a change."""
+    if asked.steps.boost is not None or (styles and each.source not in asked.steps.exempt):
+        return False
     same = each.whole and _weight(asked, each) == 1.0 and each.module.factors.keys() <= _held(asked)
-    return same and asked.method.lossless and asked.options.rank is None and asked.dtype is None
+    return same and _is_identity(asked.method, asked.options) and asked.dtype is None
+
+
+def _is_identity(method: methods.Method, options: methods.Options) -> bool:
+    """Whether a method gives one change at weight 1 back: its laws say so of its options' defaults."""
+    usual = all(getattr(options, option.field) == option.default for option in method.options)
+    return method.lossless and "identity" in method.laws and usual
 
 
 def _held(asked: Request) -> frozenset[str]:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from loratools import __version__
 from loratools.errors import LayoutError, OptionError
 from loratools.model import Adapter, Module, Target
 from loratools.ops import _metadata, files
+from loratools.ops._combine import Combined
+from loratools.ops._merge_steps import shown_name
 from loratools.ops._request import Request
+from loratools.ops.results import MergedModule, MergeReport
 from loratools.tensors import TensorRef
 
 RECORD = "loratools.merge"
+RECIPE = "loratools.recipe"
 _CHUNK = 1 << 20
 
 
@@ -68,21 +72,27 @@ def _equal(one: TensorRef, other: TensorRef) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and one.raw() == other.raw()
 
 
-def metadata(adapters: Sequence[Adapter], method: str, inputs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """String metadata: what all inputs agree on, tags united, and a record of what was merged."""
+def metadata(
+    adapters: Sequence[Adapter],
+    method: str,
+    inputs: Sequence[Mapping[str, Any]],
+    recipe: Mapping[str, Any],
+) -> dict[str, str]:
+    """String metadata: what all inputs agree on, tags united, a record of what was merged, and the recipe."""
     first = adapters[0].metadata
     agreed = {
         key: value
         for key, value in first.items()
         if all(adapter.metadata.get(key) == value for adapter in adapters[1:])
         and not key.startswith("sshs_")
-        and key not in (RECORD, "lora_adapter_metadata")
+        and key not in (RECORD, RECIPE, "lora_adapter_metadata")
     }
     tags = _united_tags(adapters)
     if tags:
         agreed["ss_tag_frequency"] = json.dumps(tags)
     record = {"version": __version__, "method": method, "inputs": [_recorded(each) for each in inputs]}
     agreed[RECORD] = json.dumps(record)
+    agreed[RECIPE] = json.dumps(recipe, ensure_ascii=False)
     return agreed
 
 
@@ -98,20 +108,33 @@ def _united_tags(adapters: Sequence[Adapter]) -> dict[str, dict[str, int]]:
 
 
 def _recorded(described: Mapping[str, Any]) -> dict[str, Any]:
-    # The full path says more of somebody's disk than a shared file should.
-    name = Path(described["path"])
-    shown = f"{name.parent.name}/{name.name}" if name.name.startswith("adapter") else name.name
-    return {"name": shown, "weight": described["weight"], "sha256": described["sha256"]}
+    return {
+        "name": shown_name(described["path"]),
+        "weight": described["weight"],
+        "sha256": described["sha256"],
+    }
 
 
 class Inputs:
-    """The inputs' descriptions; their files are hashed on another thread while the merge is computed."""
+    """The inputs' descriptions; their files are hashed on another thread while the merge is computed.
 
-    def __init__(self, adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
+    Args:
+        adapters: The inputs.
+        weights: One per input.
+        hits: What multipliers hit in the input of a position; none unless given.
+    """
+
+    def __init__(
+        self,
+        adapters: Sequence[Adapter],
+        weights: Sequence[float],
+        hits: Callable[[int], list[dict[str, Any]]] = lambda _: [],
+    ) -> None:
         self._adapters = adapters
         self._weights = weights
+        self._hits = hits
         self._pool = ThreadPoolExecutor(1)
-        self._hashes = [self._pool.submit(_sha256, adapter.path) for adapter in adapters]
+        self._hashes = [self._pool.submit(sha256, adapter.path) for adapter in adapters]
 
     def __enter__(self) -> Inputs:
         return self
@@ -120,7 +143,11 @@ class Inputs:
         self._pool.shutdown(cancel_futures=True)
 
     def described(self) -> list[dict[str, Any]]:
-        """One mapping per input: path, weight, layout, arch, modules, sha256 (empty where it came from no file)."""
+        """One mapping per input.
+
+        "path", "weight", "layout", "arch", "modules", "sha256" (empty where it came from no file), and "multipliers":
+        what the weights by component, block and pattern hit in it.
+        """
         return [
             {
                 "path": adapter.path,
@@ -129,12 +156,16 @@ class Inputs:
                 "arch": adapter.arch,
                 "modules": len(adapter.modules),
                 "sha256": found.result(),
+                "multipliers": self._hits(number),
             }
-            for adapter, weight, found in zip(self._adapters, self._weights, self._hashes, strict=True)
+            for number, (adapter, weight, found) in enumerate(
+                zip(self._adapters, self._weights, self._hashes, strict=True)
+            )
         ]
 
 
-def _sha256(path: str) -> str:
+def sha256(path: str) -> str:
+    """The digest of a file's bytes in hexadecimal; empty where the path is no file's."""
     whole = hashlib.sha256()
     if not path or not os.path.isfile(path):
         return ""
@@ -183,3 +214,49 @@ def _united(values: Sequence[Any]) -> Any:
     if all(isinstance(value, list) for value in values):
         return list(dict.fromkeys(each for value in values for each in value))
     return values[0]
+
+
+def chosen(asked: Request) -> dict[str, Any]:
+    """The method's options as used, by the names that users know them by."""
+    return {option.name: getattr(asked.options, option.field) for option in asked.method.options}
+
+
+def report(
+    asked: Request,
+    merged: Adapter,
+    results: Mapping[Target, Combined],
+    inputs: Sequence[Mapping[str, Any]],
+    dropped: tuple[str, ...],
+) -> MergeReport:
+    """What a merge did, as a report has it.
+
+    Args:
+        asked: What was asked for.
+        merged: The result.
+        results: By target.
+        inputs: From ``Inputs.described``.
+        dropped: Keys of tensors that were left out.
+    """
+    # What was carried over or kept whole has lost nothing.
+    whole = sum(each.size / (1.0 if each.energy is None else each.energy or 1.0) for each in results.values())
+    modules = merged.modules.values()
+    return MergeReport(
+        method=asked.method.name,
+        options={**chosen(asked), **asked.steps.named()},
+        inputs=tuple(inputs),
+        modules=tuple(_entry(target, module, results[target]) for target, module in merged.modules.items()),
+        energy=sum(each.size for each in results.values()) / whole if whole else 1.0,
+        layout=asked.layout.name,
+        arch=asked.arch,
+        dtypes=dict(Counter(ref.dtype for module in modules for _, ref in module.tensors())),
+        ranks=dict(sorted(Counter(module.rank or 0 for module in modules).items())),
+        carried=tuple(merged.extras),
+        dropped=dropped,
+        notes=merged.notes,
+    )
+
+
+def _entry(target: Target, module: Module, result: Combined) -> MergedModule:
+    return MergedModule(
+        str(target), target.component, result.sources, module.rank or 0, result.energy, module.shape
+    )

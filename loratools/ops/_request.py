@@ -16,7 +16,8 @@ from loratools.errors import LayoutError, OptionError, UnsupportedKindError
 from loratools.model import Adapter, Layout, Module
 from loratools.ops import align, files
 from loratools.ops._device import usable
-from loratools.ops._weights import Spec, Weigh, weigher
+from loratools.ops._merge_steps import Steps, checked
+from loratools.ops._weights import Spec, Weights
 
 # Broken or superseded spellings are not written anew: their layout's present one is.
 _PRESENT = {
@@ -48,11 +49,13 @@ class Request:
         device: Where to compute.
         allow_nonfinite: Whether NaN and Inf in factors are let through.
         alpha: What every computed module states, or None for its own rank.
+        steps: What is done before and after the method.
+        said: What else the caller said and a recipe repeats, as JSON has it.
     """
 
     adapters: tuple[Adapter, ...]
     weights: tuple[float, ...]
-    weigh: Weigh
+    weigh: Weights
     method: methods.Method
     options: methods.Options
     layout: Layout
@@ -61,6 +64,8 @@ class Request:
     device: str
     allow_nonfinite: bool
     alpha: float | None
+    steps: Steps
+    said: Mapping[str, Any]
 
 
 def request(
@@ -69,6 +74,8 @@ def request(
     weights: Sequence[float] | None,
     component_weights: Sequence[Spec],
     block_weights: Sequence[Spec],
+    weight_for: Mapping[str, float | str],
+    steps: Steps,
     method: str,
     rank: int | None,
     layout: str | None,
@@ -76,6 +83,7 @@ def request(
     device: str,
     allow_nonfinite: bool,
     options: Mapping[str, Any],
+    said: Mapping[str, Any],
 ) -> Request:
     """Check everything that does not need the tensors.
 
@@ -83,6 +91,42 @@ def request(
         OptionError: Options that contradict each other or the inputs.
         ArchitectureError: The inputs are of different architectures.
         LayoutError: The layout cannot be written.
+    """
+    given = _given(adapters, weights)
+    if dtype != "keep" and dtype not in files.STORE_DTYPES:
+        raise OptionError(f"there is no store dtype {dtype!r}", candidates=[*files.STORE_DTYPES, "keep"])
+    chosen = _method(method, len(adapters))
+    arch = align.common_arch([*adapters, *steps.styles])
+    target_layout = _layout(adapters, layout)
+    return Request(
+        adapters=tuple(adapters),
+        weights=given,
+        weigh=Weights(
+            adapters,
+            arch,
+            given,
+            components=component_weights,
+            blocks=block_weights,
+            patterns=weight_for,
+        ),
+        method=chosen,
+        options=_options(chosen, rank, options),
+        layout=target_layout,
+        arch=arch,
+        dtype=None if dtype == "keep" else files.STORE_DTYPES[dtype],
+        device=_device(device, chosen),
+        allow_nonfinite=allow_nonfinite,
+        alpha=_common_alpha(adapters, rank) if target_layout.name == "kohya" else None,
+        steps=checked(steps, adapters),
+        said=said,
+    )
+
+
+def _given(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> tuple[float, ...]:
+    """One finite weight for each input.
+
+    Raises:
+        OptionError: There are no inputs, or weights of another count, or one that is not finite.
     """
     if not adapters:
         raise OptionError("there is nothing to merge", expected="At least one adapter was expected")
@@ -95,24 +139,7 @@ def request(
     bad = [str(weight) for weight in given if not math.isfinite(weight)]
     if bad:
         raise OptionError("a weight is not a finite number", keys=bad)
-    if dtype != "keep" and dtype not in files.STORE_DTYPES:
-        raise OptionError(f"there is no store dtype {dtype!r}", candidates=[*files.STORE_DTYPES, "keep"])
-    chosen = _method(method)
-    arch = align.common_arch(adapters)
-    target_layout = _layout(adapters, layout)
-    return Request(
-        adapters=tuple(adapters),
-        weights=given,
-        weigh=weigher(adapters, arch, given, component_weights, block_weights),
-        method=chosen,
-        options=_options(chosen, rank, options),
-        layout=target_layout,
-        arch=arch,
-        dtype=None if dtype == "keep" else files.STORE_DTYPES[dtype],
-        device=_device(device, chosen),
-        allow_nonfinite=allow_nonfinite,
-        alpha=_common_alpha(adapters, rank) if target_layout.name == "kohya" else None,
-    )
+    return given
 
 
 def _common_alpha(adapters: Sequence[Adapter], rank: int | None) -> float:
@@ -126,7 +153,7 @@ def _common_alpha(adapters: Sequence[Adapter], rank: int | None) -> float:
     return float(min(rank, usual) if rank and usual else rank or usual or 1)
 
 
-def _method(name: str) -> methods.Method:
+def _method(name: str, count: int) -> methods.Method:
     known = methods.methods()
     if name not in known:
         raise OptionError(
@@ -134,24 +161,27 @@ def _method(name: str) -> methods.Method:
             candidates=difflib.get_close_matches(name, known),
             expected=f"Known are {', '.join(known)}",
         )
+    most = known[name].most
+    if most is not None and count > most:
+        able = [other for other, method in known.items() if method.most is None]
+        raise OptionError(
+            f"{count} inputs for {name}",
+            expected=f"{name} takes at most {most}",
+            todo=f"Merge them in steps, or with a method that takes any number: {', '.join(able)}",
+        )
     return known[name]
 
 
 def _options(method: methods.Method, rank: int | None, given: Mapping[str, Any]) -> methods.Options:
     fields = {option.field: option.name for option in method.options}
-    asked = {**given, **({"rank": rank} if rank is not None else {})}
-    foreign = [name for name in asked if name not in fields]
-    if foreign == ["rank"]:
+    if rank is not None and "rank" not in fields:
         raise OptionError(
-            f"{method.name} keeps the summed rank and cannot be given one",
-            todo="Use linear with a rank for the same sum at a rank of your choice",
+            f"{method.name} was given rank {rank}",
+            expected=f"The rank of its result follows from the inputs; its options: "
+            f"{', '.join(fields.values()) or 'none'}",
+            todo="Use linear with --rank for the nearest sum at a rank of your choice",
         )
-    if foreign:
-        said = ", ".join(fields.values()) or "none"
-        raise OptionError(f"{method.name} has no option {foreign[0]!r}", expected=f"Its options: {said}")
-    options = methods.Options(**asked)
-    method.check(options)
-    return options
+    return methods.options(method, rank=rank, **given)
 
 
 def _layout(adapters: Sequence[Adapter], name: str | None) -> Layout:
@@ -177,7 +207,7 @@ def _layout(adapters: Sequence[Adapter], name: str | None) -> Layout:
 def _device(name: str, method: methods.Method) -> str:
     # Lossless methods work on small matrices, which cost more to move than to compute with.
     fastest = "cuda" if not method.lossless and torch.cuda.is_available() else "cpu"
-    return usable(name, auto=fastest)
+    return usable(name, auto=fastest, wanted=torch.float64)
 
 
 def refuse(asked: Request) -> None:
@@ -187,8 +217,9 @@ def refuse(asked: Request) -> None:
         UnsupportedKindError: Modules of other kinds than LoRA, or DoRA.
         OptionError: There are no modules.
     """
-    modules = [(adapter, module) for adapter in asked.adapters for module in adapter.modules.values()]
-    if not modules:
+    everything = (*asked.adapters, *asked.steps.styles)
+    modules = [(adapter, module) for adapter in everything for module in adapter.modules.values()]
+    if not any(adapter.modules for adapter in asked.adapters):
         raise OptionError("the inputs have no modules")
     other = [(adapter, module) for adapter, module in modules if not _is_low_rank(module)]
     if other:

@@ -1,26 +1,25 @@
-"""The user's multipliers: per input, per component, per block."""
+"""The user's multipliers: per input, per component, per block, per pattern; and what each of them hit."""
 
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from loratools import archs
+from loratools.archs._blocks import PRESETS, preset
 from loratools.errors import OptionError
-from loratools.model import Adapter, Target
+from loratools.model import EMPTY, Adapter, Target
+from loratools.ops import _weight_patterns
 
-Weigh = Callable[[int, Target], float]
-Spec = Mapping[str, float] | Sequence[float]
+Spec = Mapping[str, float] | Sequence[float] | str
+_Hit = tuple[str, str]
+"""What kind of multiplier it is ("component", "block", "pattern"), and the name that it goes by."""
 
 
-def weigher(
-    adapters: Sequence[Adapter],
-    arch: str,
-    weights: Sequence[float],
-    components: Sequence[Spec],
-    blocks: Sequence[Spec],
-) -> Weigh:
-    """What the module of an input at a target is multiplied by.
+class Weights:
+    """What every module of every input is multiplied by.
 
     Args:
         adapters: The inputs.
@@ -28,23 +27,103 @@ def weigher(
         weights: One per input.
         components: Multipliers by component's name; none, one for all inputs, or one each.
         blocks: Multipliers by block: a mapping from a label (IN04, MID, D07), a component or the beginning of a path;
-            or as many numbers as the architecture has a vector for. None, one for all inputs, or one each.
-            What is not named keeps its weight.
+            as many numbers as the architecture has a vector for; or a preset's name. None, one for all inputs, or one
+            each. What is not named keeps its weight.
+        patterns: Weights by pattern, as ``_weight_patterns`` has them.
 
     Raises:
-        OptionError: A name that nothing answers to, a vector of another length, a wrong count of either.
+        OptionError: A name that nothing answers to, a vector of another length, a wrong count of sets, a pattern that
+            matches nothing.
     """
-    table = archs.get(arch)
-    by_block = _each([_named(spec, arch) for spec in blocks], len(adapters), "block weights")
-    by_component = _each([_named(spec, arch) for spec in components], len(adapters), "component weights")
-    _refuse_unknown(by_component, adapters, "component", lambda adapter: _component_names(adapter, table))
-    _refuse_unknown(by_block, adapters, "block", lambda adapter: _block_names(adapter, table))
 
-    def weigh(source: int, target: Target) -> float:
-        factor = by_component[source].get(target.component, 1.0)
-        return weights[source] * factor * _of_block(by_block[source], table, target)
+    def __init__(
+        self,
+        adapters: Sequence[Adapter],
+        arch: str,
+        weights: Sequence[float],
+        *,
+        components: Sequence[Spec] = (),
+        blocks: Sequence[Spec] = (),
+        patterns: Mapping[str, float | str] = EMPTY,
+    ) -> None:
+        self._table = archs.get(arch)
+        self._explicit = [isinstance(spec, Mapping) for spec in blocks]
+        self._blocks = _each([_named(spec, arch) for spec in blocks], len(adapters), "block weights")
+        self._components = _each(
+            [_named(spec, arch) for spec in components], len(adapters), "component weights"
+        )
+        self._rules = _weight_patterns.rules(patterns, len(adapters))
+        table = self._table
+        _refuse_unknown(
+            self._components, adapters, "component", lambda adapter: _component_names(adapter, table)
+        )
+        _refuse_unknown(self._blocks, adapters, "block", lambda adapter: _block_names(adapter, table))
+        self._hits: list[Counter[_Hit]] = [Counter() for _ in adapters]
+        self._found: list[dict[Target, float]] = [
+            {target: self._multiplied(source, target, weight) for target in adapter.modules}
+            for source, (adapter, weight) in enumerate(zip(adapters, weights, strict=True))
+        ]
+        self._refuse_idle(adapters)
 
-    return weigh
+    def __call__(self, source: int, target: Target) -> float:
+        """What the module of an input at a target is multiplied by."""
+        return self._found[source][target]
+
+    def hits(self, source: int) -> list[dict[str, Any]]:
+        """What each multiplier hit in an input: "by", "name", "weight" and "modules", a count.
+
+        A vector or a preset names many blocks; those of which the input has none are left out.
+        """
+        counts = self._hits[source]
+        rows = [("component", name, weight) for name, weight in self._components[source].items()]
+        whole = self._explicit[source if len(self._explicit) > 1 else 0] if self._explicit else False
+        for name, weight in self._blocks[source].items():
+            if whole or counts["block", name]:
+                rows.append(("block", name, weight))
+        patterns = [
+            ("pattern", rule.name, rule.said) for rule in self._rules if rule.source in (None, source)
+        ]
+        return [
+            {"by": by, "name": name, "weight": weight, "modules": counts[by, name]}
+            for by, name, weight in (*rows, *patterns)
+        ]
+
+    def _multiplied(self, source: int, target: Target, weight: float) -> float:
+        """An input's weight times the component's, the block's and the pattern's."""
+        hits = self._hits[source]
+        components = self._components[source]
+        if target.component in components:
+            hits["component", target.component] += 1
+            weight *= components[target.component]
+        block = _block(self._blocks[source], self._table, target)
+        if block is not None:
+            hits["block", block] += 1
+            weight *= self._blocks[source][block]
+        found = _weight_patterns.weight_at(self._rules, source, target.path)
+        if found is not None:
+            hits["pattern", found[0].name] += 1
+            weight *= found[1]
+        return weight
+
+    def _refuse_idle(self, adapters: Sequence[Adapter]) -> None:
+        """Refuse patterns that match no module of any input they are for."""
+        paths = [
+            (source, target.path) for source, adapter in enumerate(adapters) for target in adapter.modules
+        ]
+        idle = [
+            rule.name
+            for rule in self._rules
+            if not any(hits["pattern", rule.name] for hits in self._hits)
+            and all(rule.weight(source, path) is None for source, path in paths)
+        ]
+        if idle:
+            first = paths[0][1] if paths else "none"
+            raise OptionError(
+                f"{len(idle)} of {len(self._rules)} weight patterns match no module",
+                keys=idle,
+                expected=f"A part of a module's path was expected; the first is {first}",
+                todo="Correct the patterns, or leave them out",
+            )
 
 
 def _each(specs: Sequence[Mapping[str, float]], count: int, what: str) -> list[Mapping[str, float]]:
@@ -62,6 +141,16 @@ def _named(spec: Spec, arch: str) -> Mapping[str, float]:
     if isinstance(spec, Mapping):
         return spec
     vectors = archs.get(arch).vectors
+    if isinstance(spec, str):
+        found = preset(spec, vectors)
+        if found is None:
+            raise OptionError(
+                f"{archs.get(arch).title} has no preset of block weights called {spec!r}",
+                candidates=difflib.get_close_matches(spec, PRESETS),
+                expected=f"The presets are {', '.join(PRESETS)}, for architectures with vectors of 12 or 17",
+                todo="Name the blocks instead: IN04=0.5,MID=0",
+            )
+        return found
     if len(spec) not in vectors:
         lengths = ", ".join(str(length) for length in vectors) or "none"
         raise OptionError(
@@ -72,19 +161,19 @@ def _named(spec: Spec, arch: str) -> Mapping[str, float]:
     return dict(zip(vectors[len(spec)], spec, strict=True))
 
 
-def _of_block(named: Mapping[str, float], table: archs.Arch, target: Target) -> float:
+def _block(named: Mapping[str, float], table: archs.Arch, target: Target) -> str | None:
     """The most specific name counts: the longest beginning of the path, then the label, then the component."""
     if not named:
-        return 1.0
+        return None
     parts = target.path.split(".")
     for length in range(len(parts), 0, -1):
-        found = named.get(".".join(parts[:length]))
-        if found is not None:
-            return found
+        path = ".".join(parts[:length])
+        if path in named:
+            return path
     label = table.block(target.component, target.path)
     if label is not None and label in named:
-        return named[label]
-    return named.get(target.component, 1.0)
+        return label
+    return target.component if target.component in named else None
 
 
 def _component_names(adapter: Adapter, table: archs.Arch) -> set[str]:

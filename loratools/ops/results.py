@@ -139,7 +139,8 @@ class MergeReport(NamedTuple):
     Attributes:
         method: Its name.
         options: The method's options as used.
-        inputs: One mapping per input: "path", "weight", "layout", "arch", "modules", "sha256".
+        inputs: One mapping per input: "path", "weight", "layout", "arch", "modules", "sha256", and in
+            "multipliers" what its block and component weights and patterns hit.
         modules: Of the result.
         energy: Fraction of Σσ² retained over all modules.
         layout: Of the result.

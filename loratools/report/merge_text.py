@@ -17,6 +17,7 @@ from loratools.report.tables import Column, pairs, table
 from loratools.report.values import Symbols, clean
 
 _KEYS_SHOWN = 5
+_HITS_SHOWN = 12
 
 
 def merge_text(report: MergeReport, *, width: int, symbols: Symbols, dry_run: bool = False) -> RenderableType:
@@ -59,6 +60,7 @@ def _inputs(report: MergeReport, width: int, symbols: Symbols) -> RenderableType
 def _facts(report: MergeReport, symbols: Symbols, dry_run: bool) -> Iterator[tuple[str, str]]:
     options = [f"{clean(name)} {clean(value)}" for name, value in report.options.items() if value is not None]
     yield "method", ", ".join([clean(report.method), *options])
+    yield from _multipliers(report)
     yield "modules", f"{len(report.modules):,}, {_shares(report)}"
     yield "rank", values.counts(report.ranks, symbols, limit=6)
     yield "energy kept", f"{values.percentage(report.energy)} of the method's full-rank result"
@@ -74,6 +76,19 @@ def _facts(report: MergeReport, symbols: Symbols, dry_run: bool) -> Iterator[tup
         yield "dry run", "nothing was written"
     else:
         yield "wrote", target
+
+
+def _multipliers(report: MergeReport) -> Iterator[tuple[str, str]]:
+    """What each weight by component, block or pattern hit, over all inputs."""
+    hits: dict[str, Counter[str]] = {}
+    for one in report.inputs:
+        for hit in one.get("multipliers", ()):
+            name = f"{clean(hit['name'])}={clean(hit['weight'])}"
+            hits.setdefault(clean(hit["by"]), Counter())[name] += hit["modules"]
+    for by, counts in hits.items():
+        shown = [f"{name} ({values.plural(count, 'module')})" for name, count in counts.items()]
+        more = f" and {len(shown) - _HITS_SHOWN:,} more" if len(shown) > _HITS_SHOWN else ""
+        yield f"{by} weights", ", ".join(shown[:_HITS_SHOWN]) + more
 
 
 def _shares(report: MergeReport) -> str:

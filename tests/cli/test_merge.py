@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import loratools as lt
+from loratools.registry import scan
 from tests.cli.running import invoke
 
 
@@ -105,8 +106,20 @@ def test_the_output_may_be_an_input(made, tmp_path):
         (("-o", "x", "--arch", "sdlx"), "Did you mean sdxl?"),
         (
             ("-o", "x", "--density", "0.5"),
-            "--density is not an option of the method linear. These have it: ties.",
+            "--density is not an option of the method linear, which takes --rank. These have it: ",
         ),
+        (
+            ("-o", "x", "--method", "iso-cts", "--common", "1.5"),
+            "'--common': 1.5 is not a fraction in [0, 1]",
+        ),
+        (("-o", "x", "--method", "ties", "--seed", "-1"), "'--seed': -1 is not a whole number in [0, 2^63)"),
+        (("-o", "x", "--block-weights", "IN04"), "Write IN04=0.5, or one of ALL,"),
+        (("-o", "x", "--weight-for", "attn"), "'attn' is no PATTERN=WEIGHT"),
+        (("-o", "x", "--weight-for", "attn(=1"), "no regular expression"),
+        (("-o", "x", "--weight-for", "a=1", "--weight-for", "a=2"), "'a' has two weights"),
+        (("-o", "x", "--protect-energy", "0.5"), "--protect-energy is of no use without --protect"),
+        (("-o", "x", "--boost", "2"), "'--boost'"),
+        (("-o", "x", "--recipe", "r.json", "--rank", "2"), "and inputs, --rank was given too"),
         (("-o", "x", "--method", "concat", "--rank", "4"), "--rank is not an option of the method concat"),
         (("-o", "x", "--method", "ties", "--density", "0"), "'--density'"),
         (("-o", "x", "--rank", "0"), "'--rank'"),
@@ -139,7 +152,7 @@ def test_a_method_with_its_options(pair, out):
     result = run(*pair, "-o", out, *arguments, "--json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
-    assert found["options"] == {"rank": 3, "density": 0.3, "lambda": 0.5, "seed": 7}
+    assert found["options"] == {"rank": 3, "density": 0.3, "lambda": 0.5, "majority": "total", "seed": 7}
     assert set(found["ranks"]) == {"3"}
 
 
@@ -156,6 +169,78 @@ def test_methods_are_listed_without_an_output():
     assert result.exit_code == 0
     for word in ("linear", "concat", "ties", "--density", "Default: 0.2."):
         assert word in result.stdout
+    lines = result.stdout.splitlines()
+    for name, method in scan("loratools.methods", "METHOD").items():
+        assert [line for line in lines if line.split()[:1] == [name] and line.endswith(method.summary)]
+
+
+def test_every_option_of_every_method_is_offered_and_reaches_it(pair, out):
+    taken = {"--density": "0.4", "--lambda": "0.5", "--seed": "3", "--majority": "frequency", "--epsilon": "0.2",
+             "--gamma": "0.05", "--common": "0.5", "--part-rank": "1", "--beta": "0.5", "--width": "0.2",
+             "--rank": "2"}  # fmt: skip
+    seen = set()
+    for name, method in scan("loratools.methods", "METHOD").items():
+        for option in method.options:
+            flag = f"--{option.name}"
+            if flag in seen or flag not in taken:
+                continue
+            seen.add(flag)
+            result = run(*pair, "-o", out, "--method", name, flag, taken[flag], "--dry-run", "--json")
+            assert result.exit_code == 0, result.stderr
+            assert str(json.loads(result.stdout)["options"][option.name]) == taken[flag]
+    declared = {
+        f"--{each.name}" for method in scan("loratools.methods", "METHOD").values() for each in method.options
+    }
+    assert declared == seen
+
+
+def test_a_method_with_too_many_inputs_names_those_that_take_them(pair, out):
+    result = run(*pair, pair[0], "-o", out, "--method", "slerp")
+    assert result.exit_code == 1
+    assert "3 inputs for slerp. slerp takes at most 2." in result.stderr
+    assert "linear" in result.stderr
+
+
+def test_what_weights_hit_is_in_both_reports(pair, out):
+    arguments = ("--block-weights", "BASE=0.5", "--weight-for", r"attn1\.to_q=0..1")
+    wrong = run(*pair, "-o", out, *arguments)
+    assert wrong.exit_code == 2
+    assert "gradient" in wrong.stderr
+    arguments = ("--block-weights", "BASE=0.5", "--weight-for", r"2:attn1=-0.5")
+    result = run(*pair, "-o", out, *arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    first, second = (each["multipliers"] for each in json.loads(result.stdout)["inputs"])
+    assert [(each["by"], each["name"]) for each in first] == [("block", "BASE")]
+    paths = [target.path for target in lt.load(pair[1]).modules]
+    assert second[1] == {
+        "by": "pattern",
+        "name": "2:attn1",
+        "weight": "-0.5",
+        "modules": sum("attn1" in path for path in paths),
+    }
+    shown = " ".join(run(*pair, "-o", out, "--overwrite", *arguments).stdout.split())
+    assert f"2:attn1=-0.5 ({second[1]['modules']} modules)" in shown
+    idle = run(*pair, "-o", out, "--overwrite", "--weight-for", "nowhere=1")
+    assert idle.exit_code == 1
+    assert "match no module" in idle.stderr
+
+
+def test_a_preset_is_its_vector(pair, tmp_path):
+    vector = ",".join(["1", *"0" * 3, *"1" * 8, *"0" * 5])
+    for name, weights in (("a", "midd"), ("b", vector)):
+        assert run(*pair, "-o", tmp_path / f"{name}.safetensors", "--block-weights", weights).exit_code == 0
+    one, other = (factories.deltas_of(lt.load(tmp_path / f"{name}.safetensors")) for name in "ab")
+    factories.assert_close({key: other[key] for key in one}, one)
+
+
+def test_a_recipe_repeats_a_merge_from_the_command_line(pair, tmp_path):
+    first, again, saved = tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "mix.yaml"
+    arguments = ("--method", "dare-ties", "--seed", "5", "--weights", "0.7,-0.2", "--boost", "0.6")
+    assert run(*pair, "-o", first, *arguments, "--save-recipe", saved).exit_code == 0
+    result = run("--recipe", saved, "-o", again, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["options"]["seed"] == 5
+    assert again.read_bytes() == first.read_bytes()
 
 
 def test_debug_shows_the_traceback(pair, out):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from loratools.errors import NonFiniteError, OptionError
 from loratools.maths import sparsify
-from loratools.maths.sparsify import kept_count, magnitude_cut
+from loratools.maths.sparsify import band_cut, kept_count, magnitude_cut, places_in_rows
+from loratools.maths.thinning import row_probabilities, thinned, thinned_by_rank
 
 few = settings(max_examples=30, deadline=None, derandomize=True)
 
@@ -88,3 +89,72 @@ def test_densities_outside_the_range_are_refused(density):
 def test_non_finite_values_are_refused():
     with pytest.raises(NonFiniteError):
         magnitude_cut(tiles_of(torch.tensor([[1.0, torch.nan]]), 1), 2, 0.5)
+
+
+@few
+@given(
+    shape=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    density=st.floats(0.01, 1.0),
+    gamma=st.sampled_from([0.0, 0.02, 0.3, 0.99]),
+    levels=st.sampled_from([1, 3, None]),
+    seed=st.integers(0, 99),
+)
+def test_a_band_is_a_stretch_of_the_sorted_matrix(shape, density, gamma, levels, seed):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if levels is not None:
+        matrix = (matrix * levels / 3).round()
+    numel = matrix.numel()
+    kept = kept_count(density, numel)
+    removed = min(int(gamma * numel + 0.5), numel - kept)
+    order = torch.sort(matrix.abs().flatten(), descending=True, stable=True).indices
+    expected = torch.zeros(numel, dtype=torch.bool)
+    expected[order[removed : removed + kept]] = True
+    for height in (3, shape[0]):
+        band = band_cut(tiles_of(matrix, height), numel, density, gamma)
+        mask = torch.cat([band.kept(start, tile) for start, tile in tiles_of(matrix, height)()])
+        assert torch.equal(mask, expected.view(shape))
+
+
+@pytest.mark.parametrize("gamma", [-0.1, 1.0, float("nan")])
+def test_gammas_outside_the_range_are_refused(gamma):
+    with pytest.raises(OptionError, match=r"\[0, 1\)"):
+        band_cut(tiles_of(torch.ones(2, 2), 1), 4, 0.5, gamma)
+
+
+def test_places_in_rows_count_from_the_largest_and_keep_the_order_of_equal_ones():
+    tile = torch.tensor([[1.0, -3.0, 0.0, 3.0, -1.0], [2.0, 2.0, -2.0, 5.0, 0.0]])
+    assert places_in_rows(tile).tolist() == [[2, 0, 4, 1, 3], [1, 2, 3, 0, 4]]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 640])
+@pytest.mark.parametrize(
+    ("density", "epsilon"), [(0.2, 0.1), (0.01, 0.1), (0.97, 0.1), (0.5, 1.0), (1.0, 0.3), (0.4, 0.0)]
+)
+def test_probabilities_of_a_row_descend_evenly_around_the_density(count, density, epsilon):
+    found = row_probabilities(count, density, epsilon)
+    assert float(found.mean()) == pytest.approx(density, rel=1e-12)
+    assert float(found.min()) > 0.0
+    assert float(found.max()) <= 1.0
+    reach = min(epsilon, 2 * density, 2 * (1 - density)) / count
+    steps = found[:-1] - found[1:]
+    torch.testing.assert_close(steps, torch.full_like(steps, reach), rtol=0, atol=1e-15)
+
+
+def test_thinned_tiles_are_parts_of_the_whole():
+    matrix = torch.randn(23, 19, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for thin in (
+        lambda at, tile: thinned(at, tile, 0.3, 7),
+        lambda at, tile: thinned_by_rank(at, tile, 0.3, 0.2, 7),
+    ):
+        whole = thin(0, matrix)
+        assert 0 < int(whole.count_nonzero()) < matrix.numel()
+        for height in (1, 7):
+            assert torch.equal(
+                torch.cat([thin(start, tile) for start, tile in tiles_of(matrix, height)()]), whole
+            )
+
+
+def test_thinning_at_density_one_changes_nothing():
+    matrix = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.equal(thinned(0, matrix, 1.0, 3), matrix)
+    assert torch.equal(thinned_by_rank(0, matrix, 1.0, 0.5, 3), matrix)

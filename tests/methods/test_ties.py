@@ -23,8 +23,8 @@ def integer_factors(rank, seed):
     return Factors(up, down / 4)
 
 
-def paper(task_vectors, density, lam):
-    """Algorithm 1 of arXiv 2306.01708, step by step on flat task vectors."""
+def paper(task_vectors, density, lam, majority="total"):
+    """Algorithm 1 of arXiv 2306.01708, step by step on flat task vectors; signs may be counted instead of summed."""
     trimmed = []
     for vector in task_vectors:
         keep = max(1, int(density * vector.numel() + 0.5))
@@ -36,7 +36,7 @@ def paper(task_vectors, density, lam):
     merged = torch.zeros_like(task_vectors[0])
     for at in range(merged.numel()):
         values = [float(vector[at]) for vector in trimmed]
-        total = sum(values)
+        total = sum((v > 0) - (v < 0) for v in values) if majority == "frequency" else sum(values)
         elected = (total > 0) - (total < 0)
         agreeing = [value for value in values if value * elected > 0]
         merged[at] = lam * sum(agreeing) / len(agreeing) if agreeing else 0.0
@@ -53,15 +53,34 @@ def ties(parts, **chosen):
     weights=st.lists(st.sampled_from([-2.0, -0.5, 0.25, 1.0, 1.5]), min_size=4, max_size=4),
     density=st.sampled_from([0.001, 0.1, 0.2, 0.35, 0.5, 0.99, 1.0]),
     lam=st.sampled_from([1.0, 0.3, -2.0]),
+    majority=st.sampled_from(["total", "frequency"]),
     seed=st.integers(0, 99),
 )
-def test_equals_the_paper(ranks, weights, density, lam, seed):
+def test_equals_the_paper(ranks, weights, density, lam, majority, seed):
     parts = [(integer_factors(rank, seed + at), weights[at]) for at, rank in enumerate(ranks)]
     vectors = [(part.delta() * weight).flatten() for part, weight in parts]
-    truth = paper(vectors, density, lam).view(OUT, IN)
-    outcome = ties(parts, density=density, lam=lam, rank=OUT)
+    truth = paper(vectors, density, lam, majority).view(OUT, IN)
+    outcome = ties(parts, density=density, lam=lam, majority=majority, rank=OUT)
     assert outcome.energy == pytest.approx(1.0, abs=1e-12)
     torch.testing.assert_close(outcome.factors.delta(), truth, rtol=0, atol=1e-12 * (1 + float(truth.norm())))
+
+
+def test_the_majority_by_number_outvotes_a_larger_value():
+    generator = torch.Generator().manual_seed(0)
+    small = Factors(torch.ones(OUT, 1, dtype=COMPUTE), torch.ones(1, IN, dtype=COMPUTE))
+    large = Factors(-torch.rand(OUT, 1, generator=generator, dtype=COMPUTE) - 3.0, small.down)
+    parts = [(small, 1.0), (small, 0.5), (large, 1.0)]
+    by_total = ties(parts, density=1.0).factors.delta()
+    torch.testing.assert_close(by_total, large.delta(), rtol=0, atol=1e-12)
+    by_number = ties(parts, density=1.0, majority="frequency").factors.delta()
+    torch.testing.assert_close(by_number, 0.75 * small.delta(), rtol=0, atol=1e-12)
+
+
+def test_the_order_elects_nothing_where_values_cancel():
+    part = integer_factors(3, 5)
+    weights = (0.1, 0.2, -0.3)
+    for order in (weights, weights[::-1], (0.2, -0.3, 0.1)):
+        assert float(ties([(part, weight) for weight in order]).factors.delta().norm()) < 1e-12
 
 
 def test_one_adapter_is_its_trimmed_change_times_its_weight():

@@ -1,0 +1,241 @@
+"""The modules of a resize, one after the other: which can be cut, to what ranks, and what becomes of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from loratools import kinds
+from loratools.engine import local
+from loratools.errors import NonFiniteError, OptionError, UnsupportedKindError
+from loratools.model import Adapter, Layout, Module, Target
+from loratools.ops import _as_kind, _merged, _resize_layout, _resize_ranks, _resize_report, files
+from loratools.ops._base_weights import Weights
+from loratools.ops._resize_module import Resized, Spectrum, has_kernel, nonfinite, resized, spectrum
+from loratools.ops._resize_norms import norm_of
+from loratools.ops._resize_options import Options
+from loratools.ops._resize_ranks import Known
+from loratools.ops._resize_store import Form, cost, shaped
+from loratools.ops.resize_results import ResizeReport
+
+Progress = Callable[[str, int, int], None]
+Result = TypeVar("Result")
+
+
+class _Task(NamedTuple):
+    """One module to work on, with the base weights that this takes."""
+
+    target: Target
+    module: Module
+    base: torch.Tensor | None
+    against: torch.Tensor | None = None
+
+
+class Work(NamedTuple):
+    """An adapter, what is asked for, and where its base weights lie.
+
+    Attributes:
+        adapter: The input in the layout of the result.
+        modules: Those that have a ΔW to be cut.
+        asked: What was asked for.
+        form: How results are stored.
+        base: Weights of the model that it was trained on, for kinds whose ΔW depends on them.
+        against: Weights that directions are scored against.
+        threads: A count; None for one per processor.
+        progress: Called with a module's name, its number and the count of all.
+    """
+
+    adapter: Adapter
+    modules: Mapping[Target, Module]
+    asked: Options
+    form: Form
+    base: Weights | None
+    against: Weights | None
+    threads: int | None
+    progress: Progress | None
+
+
+def run(work: Work, original: Adapter) -> tuple[Adapter, ResizeReport]:
+    """The adapter at its new ranks, and what was done."""
+    with _merged.Inputs([original], [1.0]) as inputs:
+        ranks, norms = _planned(work, inputs) if work.asked.together else ({}, {})
+        server = next(iter(ranks.values()), None) if work.asked.server else None
+        results = _cut(work, ranks, work.form._replace(rank=server))
+        result = _assembled(work, {target: each.module for target, each in results.items()}, inputs)
+    notes = _resize_report.notes(work.adapter, work.asked, work.modules, results, server)
+    result = replace(result, notes=tuple(dict.fromkeys([*original.notes, *notes])))
+    return result, _resize_report.report(work.adapter, original, result, work.asked, results, norms)
+
+
+def to_cut(adapter: Adapter, asked: Options, base: Weights | None) -> dict[Target, Module]:
+    """The modules that have a ΔW to be cut, with the kernels that a base tells of.
+
+    Raises:
+        UnsupportedKindError: Some need a base that was not given, or cannot be turned into LoRA; all are named.
+        OptionError: There is none.
+    """
+    modules = {
+        target: module
+        for target, module in adapter.modules.items()
+        if module.kind != "full" and not (asked.conv_rank == 0 and has_kernel(module))
+    }
+    if not modules:
+        raise OptionError(
+            "no module has a rank to be cut",
+            path=adapter.path or None,
+            expected="Modules of low rank were expected",
+            todo="Turn full differences into LoRA with convert --as lora",
+        )
+    _refuse_kinds(adapter, modules, has_base=base is not None)
+    if base is None:
+        return modules
+    return {target: _as_kind._with_kernel(module, base) for target, module in modules.items()}
+
+
+def _refuse_kinds(adapter: Adapter, modules: Mapping[Target, Module], *, has_base: bool) -> None:
+    unknown = [module for module in modules.values() if kinds.get(module.kind).dense is None]
+    lacking = [module for module in modules.values() if needs_base(module)]
+    for found, why, todo in (
+        (unknown, "whose ΔW cannot be computed", "Leave them out with convert --drop"),
+        ([] if has_base else lacking, "whose ΔW depends on the base weights", "Give the model with --base"),
+    ):
+        if found:
+            titles = {
+                "DoRA" if each.magnitude is not None else kinds.get(each.kind).title: None for each in found
+            }
+            raise UnsupportedKindError(
+                f"{len(found)} of {len(adapter.modules)} modules are {' and '.join(titles)}, {why}",
+                path=adapter.path or None,
+                keys=[str(module.target) for module in found],
+                todo=todo,
+            )
+
+
+def needs_base(module: Module) -> bool:
+    """Whether ΔW depends on the weight that the module changes."""
+    return module.magnitude is not None or kinds.get(module.kind).needs_base
+
+
+def common_alpha(layout: Layout, modules: Mapping[Target, Module], asked: Options) -> float | None:
+    """One alpha for all modules of a Kohya file: the rank, or of other rules most modules' present one."""
+    if layout.name != "kohya":
+        return None
+    counts = Counter(module.rank for module in modules.values() if module.rank)
+    usual = counts.most_common(1)[0][0] if counts else 1
+    fixed = asked.fixed(wide=False)
+    return float(min(fixed, usual or 1) if fixed else usual or 1)
+
+
+def _tasks(work: Work, *, scored: bool) -> Iterator[_Task]:
+    """The modules, with their base weights loaded a few ahead of the work."""
+    for target, module in work.modules.items():
+        base = work.base.of(module) if work.base is not None and needs_base(module) else None
+        against = work.against.of(module) if work.against is not None and scored else None
+        yield _Task(target, module, base, against)
+
+
+def _planned(work: Work, inputs: _merged.Inputs) -> tuple[dict[Target, int], dict[Target, float]]:
+    """Ranks that depend on all modules, and the norms that directions were scored against."""
+
+    def look(task: _Task) -> Known:
+        limit = work.asked.limit(wide=has_kernel(task.module))
+        found = spectrum(task.module, task.base, limit, work.form.place)
+        norm = norm_of(task.against, work.asked.norm) if task.against is not None else None
+        return Known(task.module, found, norm)
+
+    known = _each(work, look, scored=True)
+    shapes = {target: each.spectrum.shape for target, each in known.items()}
+    costs = {target: cost(each.module, shapes[target], work.form) for target, each in known.items()}
+
+    def measure(ranks: Mapping[Target, int]) -> int:
+        made = {
+            target: shaped(work.modules[target], rank, shapes[target], work.form)
+            for target, rank in ranks.items()
+        }
+        return files.size(_assembled(work, made, inputs))
+
+    ranks = _resize_ranks.together(work.asked, known, costs=costs, measure=measure)
+    return ranks, {target: each.norm for target, each in known.items() if each.norm is not None}
+
+
+def _cut(work: Work, ranks: Mapping[Target, int], form: Form) -> dict[Target, Resized]:
+    """Every module at its rank: one that was planned, or the one that it needs by itself."""
+
+    def cut(task: _Task) -> Resized:
+        module, planned = task.module, ranks.get(task.target)
+        wide = has_kernel(module)
+        fixed = planned or work.asked.fixed(wide=wide)
+        choose = partial(_resize_ranks.own, work.asked, module) if fixed is None else partial(_always, fixed)
+        return resized(module, task.base, fixed or work.asked.limit(wide=wide), form, choose)
+
+    return _each(work, cut, scored=False, progress=work.progress)
+
+
+def _each(
+    work: Work, do: Callable[[_Task], Result], *, scored: bool, progress: Progress | None = None
+) -> dict[Target, Result]:
+    """What is done to every module, several at a time.
+
+    Raises:
+        NonFiniteError: NaN or Inf in tensors; all are named.
+    """
+
+    def attempt(task: _Task) -> Result | list[str]:
+        try:
+            return do(task)
+        except NonFiniteError:
+            # Decompositions find out by themselves; looking at every tensor beforehand would cost another reading.
+            keys = nonfinite(task.module)
+            if not keys:
+                raise
+            return keys
+
+    found: dict[Target, Result] = {}
+    bad: list[str] = []
+    results = local.run(attempt, _tasks(work, scored=scored), threads=work.threads)
+    for number, (target, each) in enumerate(zip(work.modules, results, strict=True), start=1):
+        if isinstance(each, list):
+            bad += each
+        else:
+            found[target] = each
+        if progress is not None:
+            progress(str(target), number, len(work.modules))
+    if bad:
+        raise NonFiniteError(
+            f"{len(bad)} tensors with NaN or Inf" if len(bad) > 1 else "a tensor with NaN or Inf",
+            path=work.adapter.path or None,
+            keys=bad,
+            expected="Finite factors were expected",
+            todo="The file is damaged, or its training diverged: use an earlier one",
+        )
+    return found
+
+
+def _always(rank: int, _: Spectrum) -> int:
+    return rank
+
+
+def _assembled(work: Work, made: Mapping[Target, Module], inputs: _merged.Inputs) -> Adapter:
+    """The adapter with new modules in the place of those that were cut, in the file's order."""
+    given = work.adapter
+    modules = {
+        target: made.get(target, module)
+        for target, module in given.modules.items()
+        if target in made or target not in work.modules
+        if not (work.asked.conv_rank == 0 and module.kind != "full" and has_kernel(module))
+    }
+    if work.asked.dtype:
+        modules = {target: files.cast_module(module, work.asked.dtype) for target, module in modules.items()}
+    return Adapter(
+        modules=modules,
+        extras=given.extras,
+        metadata=_resize_report.metadata(given, work.asked, inputs),
+        arch=given.arch,
+        layout=_resize_layout.present(given),
+        config=_merged.config([given], modules, given.extras),
+    )

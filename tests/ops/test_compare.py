@@ -1,0 +1,372 @@
+"""Comparisons through files, against naive float64 arithmetic on dense ΔW."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import factories as make
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+import loratools as lt
+from loratools.errors import (
+    ArchitectureError,
+    NonFiniteError,
+    OptionError,
+    UnsupportedKindError,
+)
+from loratools.ops.compare import DETAILED, compare
+
+
+def matrices(deltas, scale=1.0):
+    return {key: scale * delta.reshape(len(delta), -1) for key, delta in deltas.items()}
+
+
+def side_by_side(one, other):
+    """Both as one long vector over all weights, zeros where one lacks a weight."""
+    keys = sorted(one.keys() | other.keys())
+    shapes = {key: (one.get(key), other.get(key)) for key in keys}
+
+    def flat(which):
+        given = [
+            pair[which] if pair[which] is not None else np.zeros_like(pair[1 - which])
+            for pair in shapes.values()
+        ]
+        return np.concatenate([each.ravel() for each in given])
+
+    return flat(0), flat(1)
+
+
+def naive(one, other):
+    """Cosine, norm ratio, distance and sign conflict as their definitions say."""
+    a, b = side_by_side(one, other)
+    sizes = np.linalg.norm(a), np.linalg.norm(b)
+    product = a * b
+    return (
+        a @ b / (sizes[0] * sizes[1]),
+        sizes[1] / sizes[0],
+        np.linalg.norm(a - b) / max(sizes),
+        np.abs(product[product < 0]).sum() / np.abs(product).sum(),
+    )
+
+
+def space(matrix):
+    u, sigma, vh = np.linalg.svd(matrix)
+    rank = int((sigma > 1e-10 * sigma[0]).sum())
+    return u[:, :rank], vh[:rank].T
+
+
+def overlap_of(one, other):
+    return float(np.mean(np.cos(scipy.linalg.subspace_angles(one, other)) ** 2))
+
+
+def figures(relation):
+    return relation.cosine, relation.ratio, relation.distance, relation.sign_conflict
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, -2.0)])
+def test_two_adapters_against_dense_matrices(weights, pair):
+    one, two = pair
+    report = compare([one.path, lt.load(two.path)], weights=weights, modules=True, exact=True)
+    dense = matrices(one.deltas, weights[0]), matrices(two.deltas, weights[1])
+    (found,) = report.pairs
+    assert figures(found.relation) == pytest.approx(naive(*dense), abs=1e-12)
+    a, b = side_by_side(*dense)
+    assert found.multiple == pytest.approx(a @ b / (a @ a), rel=1e-10)
+    assert [each.norm for each in report.adapters] == pytest.approx([np.linalg.norm(a), np.linalg.norm(b)])
+    components = {key.split("/")[0] for key in one.deltas}
+    assert set(found.components) == components
+    for name, relation in found.components.items():
+        own = [{key: each for key, each in side.items() if key.startswith(name + "/")} for side in dense]
+        assert figures(relation) == pytest.approx(naive(*own), abs=1e-12)
+    assert report.sampled_rows == 0
+
+
+def test_modules_against_dense_matrices(pair):
+    one, two = pair
+    dense = matrices(one.deltas), matrices(two.deltas)
+    report = compare([one.path, two.path], modules=True, exact=True)
+    (found,) = report.pairs
+    assert {
+        f"{each.component}/{each.target}" for each in found.modules
+    } == one.deltas.keys() | two.deltas.keys()
+    weighted = []
+    for each in found.modules:
+        key = f"{each.component}/{each.target}"
+        if key not in two.deltas:
+            assert each.relation == (None, 0.0, 1.0, None, None, None, None, None)
+            assert each.ranks[1] == 0
+            assert each.norms[1] == 0.0
+            continue
+        a, b = dense[0][key], dense[1][key]
+        assert figures(each.relation) == pytest.approx(naive({key: a}, {key: b}), abs=1e-12)
+        (ua, va), (ub, vb) = space(a), space(b)
+        assert each.ranks == (ua.shape[1], ub.shape[1])
+        assert each.relation.column_overlap == pytest.approx(overlap_of(ua, ub), abs=1e-10)
+        assert each.relation.row_overlap == pytest.approx(overlap_of(va, vb), abs=1e-10)
+        assert each.relation.column_chance == pytest.approx(max(each.ranks) / len(a))
+        assert each.relation.row_chance == pytest.approx(max(each.ranks) / a.shape[1])
+        angle = math.degrees(scipy.linalg.subspace_angles(ua, ub).min())
+        assert each.column_angle == pytest.approx(angle, abs=1e-6)
+        assert each.row_angle == pytest.approx(
+            math.degrees(scipy.linalg.subspace_angles(va, vb).min()), abs=1e-6
+        )
+        weighted.append((each.norms[0] * each.norms[1], each.relation))
+    total = sum(weight for weight, _ in weighted)
+    for name in ("column_overlap", "row_overlap", "column_chance", "row_chance"):
+        mean = sum(weight * getattr(relation, name) for weight, relation in weighted) / total
+        assert getattr(found.relation, name) == pytest.approx(mean, rel=1e-10)
+
+
+def test_what_one_lacks_is_named(pair):
+    one, two = pair
+    report = compare([one.path, two.path])
+    lacking = {key.split("/", 1)[1] for key in one.deltas.keys() - two.deltas.keys()}
+    assert lacking
+    assert set(report.adapters[1].missing) == lacking
+    assert report.adapters[0].missing == ()
+    assert report.adapters[1].targets == len(two.deltas)
+    assert report.pairs[0].shared == len(two.deltas)
+    assert report.targets == len(one.deltas)
+
+
+def test_the_order_matters_only_for_what_is_relative(pair):
+    paths = [each.path for each in pair]
+    (there,), (back,) = (compare(each, exact=True).pairs for each in (paths, paths[::-1]))
+    assert back.relation.ratio == pytest.approx(1.0 / there.relation.ratio)
+    for name in ("cosine", "distance", "column_overlap", "row_overlap", "sign_conflict"):
+        assert getattr(back.relation, name) == pytest.approx(getattr(there.relation, name), abs=1e-12)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_change_nothing(threads, pair):
+    paths = [each.path for each in pair]
+    assert compare(paths, threads=threads, modules=True) == compare(paths, modules=True)
+
+
+def test_a_sample_of_rows_comes_near_the_exact_conflict(tmp_path: Path):
+    tensors = [
+        {
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.randn(
+                4, 96, generator=torch.Generator().manual_seed(seed)
+            ),
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": torch.randn(
+                1024, 4, generator=torch.Generator().manual_seed(seed + 9)
+            )
+            + 0.5,
+        }
+        for seed in range(2)
+    ]
+    for number, each in enumerate(tensors):
+        make.write_safetensors(tmp_path / f"{number}.safetensors", each, None)
+    paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    sampled, exact = (compare(paths, exact=each) for each in (False, True))
+    assert (sampled.sampled_rows, exact.sampled_rows) == (64, 0)
+    near, true = (each.pairs[0].relation.sign_conflict for each in (sampled, exact))
+    assert near != true
+    assert near == pytest.approx(true, abs=0.05)
+    assert sampled.pairs[0].relation[:-1] == exact.pairs[0].relation[:-1]
+
+
+@pytest.mark.parametrize("dtype", ["keep", "float16", "bfloat16"])
+def test_two_spellings_of_one_adapter_are_the_same(dtype, tmp_path: Path):
+    # Kohya has Flux's q, k and v in one module, diffusers has them apart.
+    made = make.kohya(tmp_path / "fused.safetensors", "flux", alpha=3.0, only=["double", "single", "te1"])
+    lt.save(lt.load(made.path), tmp_path / "apart.safetensors", layout="diffusers", dtype=dtype)
+    for paths in (
+        [made.path, tmp_path / "apart.safetensors"],
+        [tmp_path / "apart.safetensors", made.path],
+    ):
+        report = compare(paths)
+        (found,) = report.pairs
+        assert found.verdict == "same"
+        assert report.same == ((0, 1),)
+        if dtype == "keep":
+            assert found.relation.distance < 1e-6
+        else:
+            assert 1e-5 < found.relation.distance < found.tolerance
+
+
+def test_an_adapter_and_itself_are_the_same_to_the_last_digits(pair):
+    (found,) = compare([pair[0].path, pair[0].path], exact=True).pairs
+    assert found.verdict == "same"
+    assert found.relation.distance < 1e-13
+    assert found.relation.cosine == pytest.approx(1.0, abs=1e-14)
+    assert found.relation.column_overlap == pytest.approx(1.0, abs=1e-12)
+    assert found.relation.sign_conflict < 1e-12
+
+
+@pytest.mark.parametrize("weight", [0.25, -1.0, -3.0])
+def test_a_multiple_is_told_from_another_adapter(weight, pair):
+    report = compare([pair[0].path, pair[0].path], weights=[1.0, weight], exact=True)
+    (found,) = report.pairs
+    assert found.verdict == "scaled"
+    assert found.multiple == pytest.approx(weight)
+    assert found.relation.ratio == pytest.approx(abs(weight))
+    assert report.same == ()
+    if weight == -1.0:
+        assert found.relation.distance == pytest.approx(2.0)
+        assert found.relation.sign_conflict == pytest.approx(1.0)
+
+
+def test_a_change_above_rounding_is_seen(pair):
+    (found,) = compare([pair[0].path, pair[0].path], weights=[1.0, 1.0 + 1e-5]).pairs
+    assert found.verdict == "scaled"
+    assert found.relation.distance == pytest.approx(1e-5, rel=1e-3)
+
+
+def test_a_weight_of_zero_has_no_direction(pair):
+    report = compare([each.path for each in pair], weights=[1.0, 0.0], suggest=True)
+    (found,) = report.pairs
+    assert (found.verdict, found.relation.cosine) == ("zero", None)
+    assert (found.relation.ratio, found.relation.distance) == (0.0, 1.0)
+    assert found.relation.sign_conflict is None
+    assert report.cosines[1] == (None, None)
+    assert report.suggestion is None
+    assert any("nothing to suggest" in note for note in report.notes)
+
+
+def test_many_adapters_make_a_matrix(tmp_path: Path):
+    count = DETAILED + 2
+    made = [
+        make.kohya(
+            tmp_path / f"{seed}.safetensors",
+            "sdxl",
+            seed=seed % (count - 1),
+            rank=1 + seed % 3 if seed < 3 else 2,
+        )
+        for seed in range(count - 1)
+    ]
+    paths = [each.path for each in made] + [made[4].path]
+    deltas = [each.deltas for each in made] + [made[4].deltas]
+    report = compare(paths, suggest=True)
+    assert report.pairs == ()
+    assert report.sampled_rows is None
+    assert report.same == ((4, count - 1),)
+    assert any("not computed for so many" in note for note in report.notes)
+    for first in range(count):
+        for second in range(count):
+            wanted = naive(matrices(deltas[first]), matrices(deltas[second]))
+            assert report.cosines[first][second] == pytest.approx(wanted[0], abs=1e-12)
+            assert report.distances[first][second] == pytest.approx(wanted[2], abs=1e-12)
+    assert report.suggestion is not None
+    assert report.suggestion.weights[-1] == 0.0
+    assert report.suggestion.figures["excess overlap"] is None
+    with pytest.raises(OptionError, match="every module"):
+        compare(paths, modules=True)
+
+
+def test_few_and_many_give_the_same_matrix(pair, tmp_path: Path):
+    paths = [each.path for each in pair]
+    few, many = compare(paths), compare(paths * 9)
+    np.testing.assert_allclose(np.array(many.cosines)[:2, :2], few.cosines, atol=1e-13)
+    np.testing.assert_allclose(np.array(many.distances)[:2, :2], few.distances, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr", "full"])
+def test_other_kinds_are_compared_by_their_change(kind, tmp_path: Path):
+    one = make.kohya(tmp_path / "one.safetensors", "sdxl", seed=1)
+    make.kohya(tmp_path / "two.safetensors", "sdxl", kind=kind, seed=2)
+    other = lt.load(tmp_path / "two.safetensors")
+    dense = matrices({key: each.reshape(len(each), -1) for key, each in one.deltas.items()})
+    theirs = {
+        make.key_of(target.component, str(target)): module.delta().double().numpy()
+        for target, module in other.modules.items()
+    }
+    (found,) = compare([one.path, other], exact=True).pairs
+    # Module.delta() is float32.
+    assert figures(found.relation) == pytest.approx(naive(dense, matrices(theirs)), abs=1e-6)
+
+
+def test_dora_needs_the_base_and_is_compared_with_it(tmp_path: Path):
+    only = ["attn_proj", "mlp_0"]
+    plain = make.kohya(tmp_path / "plain.safetensors", "flux", seed=1, only=only)
+    make.kohya(tmp_path / "dora.safetensors", "flux", seed=2, dora="out", only=only)
+    dora = lt.load(tmp_path / "dora.safetensors")
+    with pytest.raises(UnsupportedKindError, match="DoRA") as caught:
+        compare([plain.path, dora])
+    assert set(caught.value.keys) == {str(target) for target in dora.modules}
+    assert "--base" in str(caught.value)
+    generator = torch.Generator().manual_seed(5)
+    weights = {
+        f"{target.path}.weight": torch.randn(module.shape, generator=generator)
+        for target, module in dora.modules.items()
+    }
+    make.write_safetensors(tmp_path / "base.safetensors", weights, None)
+    theirs = {
+        make.key_of(target.component, str(target)): module.delta(weights[f"{target.path}.weight"])
+        .double()
+        .numpy()
+        for target, module in dora.modules.items()
+    }
+    (found,) = compare([plain.path, dora], base=tmp_path / "base.safetensors", exact=True).pairs
+    assert figures(found.relation) == pytest.approx(naive(matrices(plain.deltas), matrices(theirs)), abs=1e-6)
+
+
+def test_components_narrow_the_comparison(pair):
+    one, two = pair
+    report = compare([one.path, two.path], components=["denoiser"], exact=True)
+    own = [
+        {key: each for key, each in matrices(made.deltas).items() if key.startswith("denoiser/")}
+        for made in pair
+    ]
+    assert figures(report.pairs[0].relation) == pytest.approx(naive(*own), abs=1e-12)
+    assert list(report.pairs[0].components) == ["denoiser"]
+    with pytest.raises(OptionError, match="Did you mean: denoiser"):
+        compare([one.path, two.path], components=["denoisr"])
+
+
+def test_what_is_not_compared_is_said(tmp_path: Path):
+    one = make.peft(tmp_path / "one", seed=1, lora_bias=True)
+    two = make.peft(tmp_path / "two", seed=2)
+    report = compare([one.path, two.path])
+    assert any("biases of" in note for note in report.notes)
+
+
+def test_adapters_without_a_weight_in_common_are_orthogonal_and_it_is_said(tmp_path: Path):
+    one = make.kohya(tmp_path / "one.safetensors", "sdxl", only=["te1"])
+    two = make.kohya(tmp_path / "two.safetensors", "sdxl", only=["unet"])
+    report = compare([one.path, two.path])
+    (found,) = report.pairs
+    assert (found.shared, found.relation.cosine) == (0, 0.0)
+    assert found.relation.column_overlap is found.relation.sign_conflict is None
+    assert found.relation.distance == pytest.approx(
+        math.hypot(*(each.norm for each in report.adapters)) / max(each.norm for each in report.adapters)
+    )
+    assert any("1 and 2 change no base weight in common" in note for note in report.notes)
+
+
+def test_bad_input_is_refused(pair, tmp_path: Path):
+    one, two = (each.path for each in pair)
+    with pytest.raises(OptionError, match="Two adapters at least"):
+        compare([one])
+    with pytest.raises(OptionError, match="3 weights for 2 adapters"):
+        compare([one, two], weights=[1.0, 1.0, 1.0])
+    with pytest.raises(OptionError, match="not a finite number"):
+        compare([one, two], weights=[1.0, math.inf])
+    with pytest.raises(OptionError, match="cannot be used"):
+        compare([one, two], device="abacus")
+    other = make.kohya(tmp_path / "sd15.safetensors", "sd15")
+    with pytest.raises(ArchitectureError, match="no weights in common"):
+        compare([one, other.path])
+
+
+def test_nan_is_refused_and_named(pair, tmp_path: Path):
+    tensors = dict(pair[0].tensors)
+    bad = sorted(key for key in tensors if "lora_up" in key)[:2]
+    for key in bad:
+        tensors[key] = torch.full_like(tensors[key], math.nan)
+    make.write_safetensors(tmp_path / "bad.safetensors", tensors, None)
+    with pytest.raises(NonFiniteError, match=r"bad\.safetensors: 2 tensors") as caught:
+        compare([pair[1].path, tmp_path / "bad.safetensors"])
+    assert set(caught.value.keys) == set(bad)
+
+
+def test_progress_counts_the_targets(pair):
+    seen = []
+    report = compare([each.path for each in pair], progress=lambda *each: seen.append(each))
+    assert [number for _, number, _ in seen] == list(range(1, report.targets + 1))
+    assert {total for _, _, total in seen} == {report.targets}

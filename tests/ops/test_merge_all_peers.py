@@ -1,0 +1,120 @@
+"""PEFT loads what every merge method writes, and computes the ΔW that the file states.
+
+GPT-2 has layers that hold their weights transposed, Gemma has grouped attention. Their adapters are made by PEFT on
+models of the real classes at tiny widths; a real adapter, of GPT-Neo, comes from the reference data.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import factories as make
+import numpy as np
+import pytest
+import torch
+
+import loratools as lt
+from loratools.methods import get, methods
+from loratools.ops.merge import merge_files
+
+pytestmark = pytest.mark.peers
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+NAMES = sorted(methods())
+# Those that declare no law add factors, which have to be of one rank.
+ON_DELTA = [name for name in NAMES if get(name).laws]
+_REAL = "peft-lora/SARAELSAFTY__Movies-_with_lora/model/Copy of adapter_model.safetensors"
+
+
+def _gpt2() -> Any:
+    sizes = {"vocab_size": 11, "n_positions": 8, "n_embd": 12, "n_layer": 1, "n_head": 2}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+
+
+def _gemma() -> Any:
+    sizes = {"vocab_size": 13, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes, **heads))
+
+
+MODELS = {
+    "gpt2": (_gpt2, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+    "gemma": (_gemma, {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]}),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A base model, and a folder with adapters "a" and "b" of other ranks, and "c" of a's rank, as PEFT saves them."""
+    build, config = MODELS[request.param]
+    torch.manual_seed(0)
+    base, folder = build(), tmp_path_factory.mktemp(request.param)
+    for seed, (name, rank, rslora) in enumerate([("a", 3, False), ("b", 2, True), ("c", 3, True)]):
+        torch.manual_seed(seed)
+        wanted = {"r": rank, "lora_alpha": 5, "use_rslora": rslora, "init_lora_weights": False, **config}
+        made = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**wanted))
+        made.save_pretrained(str(folder / name))
+    return base, folder
+
+
+def assert_loads(base: Any, adapter: Path) -> None:
+    """PEFT finds every key that it looks for, no other, and the same ΔW as loratools."""
+    expected = make.deltas_of(lt.load(adapter))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(adapter))
+    report = peft.set_peft_model_state_dict(loaded, peft.utils.load_peft_weights(str(adapter), "cpu"))
+    assert not report.unexpected_keys
+    found = {}
+    for name, module in loaded.base_model.model.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            delta = module.get_delta_weight("default").double()
+            wide = delta.T if getattr(module, "fan_in_fan_out", False) else delta
+            found[f"language_model/{name}"] = wide.detach().numpy()
+    make.assert_close(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_merged_folder_is_loaded_by_peft(name: str, trained: tuple[Any, Path], tmp_path: Path) -> None:
+    base, folder = trained
+    inputs = [folder / "a", folder / ("b" if name in ON_DELTA else "c")]
+    merge_files(inputs, tmp_path / "merged", method=name, weights=[0.7, -0.4])
+    assert_loads(base, tmp_path / "merged")
+
+
+@pytest.fixture(scope="module")
+def real(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[Path]]:
+    """GPT-Neo of one layer, and a real adapter's first and third layers as two adapters of it."""
+    folder = tmp_path_factory.mktemp("neo")
+    whole = lt.load(shared / "corpus" / _REAL)
+    paths = []
+    for layer in (0, 2):
+        kept = {
+            target._replace(path=target.path.replace(f".h.{layer}.", ".h.0.")): module
+            for target, module in whole.modules.items()
+            if f".h.{layer}." in target.path
+        }
+        kept = {target: replace(module, target=target) for target, module in kept.items()}
+        assert len(kept) == 2
+        lt.save(replace(whole, modules=kept), folder / str(layer))
+        paths.append(folder / str(layer))
+    sizes = {"vocab_size": 16, "hidden_size": 768, "intermediate_size": 8, "num_heads": 12}
+    config = transformers.GPTNeoConfig(**sizes, num_layers=1, attention_types=[[["global"], 1]])
+    return transformers.GPTNeoForCausalLM(config), paths
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_real_adapter_merged_is_loaded_by_peft(
+    name: str, real: tuple[Any, list[Path]], tmp_path: Path
+) -> None:
+    base, inputs = real
+    report = merge_files(inputs, tmp_path / "merged", method=name, weights=[0.8, 0.5])
+    assert_loads(base, tmp_path / "merged")
+    assert 0.0 < report.energy <= 1.0 + 1e-9
+    norms = [np.linalg.norm(delta) for delta in make.deltas_of(lt.load(tmp_path / "merged")).values()]
+    assert min(norms) > 0.0
