@@ -77,7 +77,7 @@ def gram(parts: Sequence[Factors], scales: Sequence[float]) -> torch.Tensor:
         (n, n) float64 on the CPU, symmetric. Where the terms of one product cancel, it is exact to half the digits.
     """
     count = len(parts)
-    found = torch.zeros(count, count, dtype=COMPUTE)
+    found = torch.zeros(count, count, dtype=COMPUTE, device="cpu")
     blocks = _blocks([part.rank for part in parts])
     for number, rows in enumerate(blocks):
         one = _stacked(parts, rows)
@@ -87,7 +87,7 @@ def gram(parts: Sequence[Factors], scales: Sequence[float]) -> torch.Tensor:
             sums = _summed(products, [parts[i].rank for i in rows], [parts[i].rank for i in columns])
             found[rows.start : rows.stop, columns.start : columns.stop] = sums
             found[columns.start : columns.stop, rows.start : rows.stop] = sums.T
-    weights = torch.tensor(list(scales), dtype=COMPUTE)
+    weights = torch.tensor(list(scales), dtype=COMPUTE, device="cpu")
     # Within a block, sums over transposed tiles are rounded in another order.
     return (found + found.T) / 2.0 * torch.outer(weights, weights)
 
@@ -177,7 +177,7 @@ def sampled_rows(name: str, rows: int, count: int) -> torch.Tensor:
         Ascending row numbers, int64 on the CPU.
     """
     if rows <= count:
-        return torch.arange(rows)
+        return torch.arange(rows, device="cpu")
     order = uniform(key_of(0, "rows", name), 0, (rows, 1)).flatten().argsort(stable=True)
     return order[:count].sort().values
 

@@ -157,8 +157,8 @@ class Method:
         if options.rank is not None and RANK.field not in {option.field for option in self.options}:
             raise OptionError(
                 f"{self.name} was given rank {options.rank}",
-                expected=f"{self.name} never truncates: its rank is the sum of the ranks",
-                todo="Use linear with --rank for the nearest sum at a rank of your choice",
+                expected=f"{self.name} never truncates: its rank follows from those of the adapters",
+                todo="Use another method with --rank; linear gives the nearest sum at a rank of your choice",
             )
 
     def combine(self, parts: Sequence[Part], options: Options | None = None) -> Outcome:

@@ -1,9 +1,9 @@
 """Time, memory and energy of merging 2, 8 and 32 rank-16 adapters by methods of every sort.
 
-The adapters have the modules of two transformer blocks of SDXL's UNet, 640 and 1280 wide: 20 modules, 46 million values of
-ΔW. Every merge is a process of its own. Seconds are of the merge and of writing its result, without the start of Python;
-memory is the most that was resident beyond what importing torch and loratools took. Energy is the share of Σσ² that the
-result's rank holds of the method's own full-rank result.
+The adapters have the modules of two transformer blocks of SDXL's UNet, 640 and 1280 wide: 20 modules. Every merge is a
+process of its own. Seconds are of the merge and of writing its result, without the start of Python; memory is the most
+that was resident beyond what importing torch and loratools took. Energy is the share of Σσ² that the result's rank
+holds of the method's own full-rank result.
 
 Run: python -m tests.bench.merge_methods [--counts 2 8 32] [--methods linear ties …] [--rank N]
 """

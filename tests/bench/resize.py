@@ -1,9 +1,9 @@
-"""Resizing an SDXL-shaped rank-64 adapter to rank 16, against reading and writing it, and against a full SVD of every ΔW.
+"""Resizing an SDXL-shaped rank-64 adapter to rank 16, against copying it, and against a full SVD of every ΔW.
 
 The first ratio is of whole processes, taken in turn: `loratools resize`, and one that starts Python, imports
-safetensors.torch, reads every tensor of the file and writes them again. The limit is 3. For the second, ΔW of one module
-of every distinct shape is built in float32 and decomposed by torch.linalg.svd, and its seconds are multiplied by how many
-modules have that shape; at least 200 is asked for. The same sample says how far the result is from the best.
+safetensors.torch, reads every tensor of the file and writes them again. The limit is 3. For the second, ΔW of one
+module of every distinct shape is built in float32 and decomposed by torch.linalg.svd, and its seconds are multiplied by
+how many modules have that shape; at least 200 is asked for. The same sample says how far the result is from the best.
 
 Run: python -m tests.bench.resize [--runs N] [--rank 16] [--from-rank 64]
 """

@@ -266,5 +266,5 @@ def test_the_documented_laws_are_those_that_are_declared():
     for line in table:
         names, *cells = line.strip("| ").split(" | ")
         held = {law for law, cell in zip(laws, cells, strict=True) if cell.strip() == "yes"}
-        stated |= {name: held for name in re.findall("`([^`]+)`", names)}
+        stated |= dict.fromkeys(re.findall("`([^`]+)`", names), held)
     assert stated == {name: set(get(name).laws) for name in ON_DELTA}

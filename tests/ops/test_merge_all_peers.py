@@ -7,8 +7,8 @@ models of the real classes at tiny widths; a real adapter, of GPT-Neo, comes fro
 from __future__ import annotations
 
 import copy
+import shutil
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import factories as make
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import loratools as lt
 from loratools.methods import get, methods
@@ -28,7 +29,7 @@ transformers = pytest.importorskip("transformers")
 NAMES = sorted(methods())
 # Those that declare no law add factors, which have to be of one rank.
 ON_DELTA = [name for name in NAMES if get(name).laws]
-_REAL = "peft-lora/SARAELSAFTY__Movies-_with_lora/model/Copy of adapter_model.safetensors"
+_REAL = "peft-lora/SARAELSAFTY__Movies-_with_lora/model"
 
 
 def _gpt2() -> Any:
@@ -91,18 +92,16 @@ def test_a_merged_folder_is_loaded_by_peft(name: str, trained: tuple[Any, Path],
 def real(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[Path]]:
     """GPT-Neo of one layer, and a real adapter's first and third layers as two adapters of it."""
     folder = tmp_path_factory.mktemp("neo")
-    whole = lt.load(shared / "corpus" / _REAL)
-    paths = []
-    for layer in (0, 2):
-        kept = {
-            target._replace(path=target.path.replace(f".h.{layer}.", ".h.0.")): module
-            for target, module in whole.modules.items()
-            if f".h.{layer}." in target.path
-        }
-        kept = {target: replace(module, target=target) for target, module in kept.items()}
-        assert len(kept) == 2
-        lt.save(replace(whole, modules=kept), folder / str(layer))
-        paths.append(folder / str(layer))
+    source = shared / "corpus" / _REAL
+    tensors = load_file(source / "Copy of adapter_model.safetensors")
+    paths = [folder / str(layer) for layer in (0, 2)]
+    for path in paths:
+        part = f".h.{path.name}."
+        kept = {name.replace(part, ".h.0."): each for name, each in tensors.items() if part in name}
+        assert len(kept) == 4
+        path.mkdir()
+        save_file(kept, path / "adapter_model.safetensors", {"format": "pt"})
+        shutil.copy(source / "adapter_config.json", path)
     sizes = {"vocab_size": 16, "hidden_size": 768, "intermediate_size": 8, "num_heads": 12}
     config = transformers.GPTNeoConfig(**sizes, num_layers=1, attention_types=[[["global"], 1]])
     return transformers.GPTNeoForCausalLM(config), paths
@@ -117,4 +116,5 @@ def test_a_real_adapter_merged_is_loaded_by_peft(
     assert_loads(base, tmp_path / "merged")
     assert 0.0 < report.energy <= 1.0 + 1e-9
     norms = [np.linalg.norm(delta) for delta in make.deltas_of(lt.load(tmp_path / "merged")).values()]
-    assert min(norms) > 0.0
+    # model-stock leaves nothing of a weight whose changes point away from each other.
+    assert max(norms) > 0.0
