@@ -158,7 +158,7 @@ class Method:
             raise OptionError(
                 f"{self.name} was given rank {options.rank}",
                 expected=f"{self.name} never truncates: its rank follows from those of the adapters",
-                todo="Use another method with --rank; linear gives the nearest sum at a rank of your choice",
+                todo="Use linear with --rank for the nearest sum at a rank of your choice",
             )
 
     def combine(self, parts: Sequence[Part], options: Options | None = None) -> Outcome:

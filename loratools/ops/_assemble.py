@@ -23,6 +23,11 @@ def rows_first(tensor: torch.Tensor, turned: bool) -> torch.Tensor:
     return tensor.t() if turned and tensor.dim() == 2 else tensor
 
 
+def outputs_first(tensor: torch.Tensor, turned: bool) -> torch.Tensor:
+    """The same of any tensor; a single number as a vector."""
+    return rows_first(tensor.reshape(1) if tensor.dim() == 0 else tensor, turned)
+
+
 def read(weight: Weight, scale: Weight | None, dtype: torch.dtype) -> torch.Tensor:
     """A stored tensor, with its float8 scales in ``dtype``, without as it is stored.
 

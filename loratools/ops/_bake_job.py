@@ -55,8 +55,10 @@ class Exact(NamedTuple):
         shape: As it is stored.
         turned: Whether it is stored as (in, out).
         rows: First row, the one behind the last, and the rows with outputs first, each valid until the next.
+        base: The unchanged tensor as it is stored, or dequantised where it has scales.
     """
 
     shape: tuple[int, ...]
     turned: bool
     rows: Iterator[tuple[int, int, torch.Tensor]]
+    base: torch.Tensor

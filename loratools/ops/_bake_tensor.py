@@ -16,7 +16,7 @@ from loratools.errors import NonFiniteError, OptionError
 from loratools.io import base as io_base
 from loratools.io._load import Room
 from loratools.maths import float8, rounding
-from loratools.ops._assemble import resized, rows_first
+from loratools.ops._assemble import outputs_first, resized
 from loratools.ops._bake_finite import refuse
 from loratools.ops._bake_job import BakedData, BakeJob, Exact
 from loratools.ops._bake_measure import Fidelity, basis, norm_of, placed, sample, within
@@ -56,7 +56,7 @@ class _Work(NamedTuple):
     @property
     def source(self) -> torch.Tensor:
         """The tensor, outputs first; a single number as a vector."""
-        return _outputs_first(self.stored, self.turned)
+        return outputs_first(self.stored, self.turned)
 
     @property
     def store(self) -> str:
@@ -95,15 +95,20 @@ def bake_tensor(job: BakeJob, room: Room | None = None) -> BakedData:
     return _by_rows(work)
 
 
-def exact_rows(change: Change) -> Exact:
-    """One tensor of the base with all that adapters do to it, in float64, some rows at a time.
+def exact_rows(change: Change, *, precise: bool = True, room: Room | None = None) -> Exact:
+    """One tensor of the base with all that adapters do to it, before it is rounded, some rows at a time.
+
+    Args:
+        change: Which tensor, and what is done to it.
+        precise: In float64 instead of float32.
+        room: Memory that the base's tensor may lie in, until the same thread asks for another.
 
     Raises:
         LoraError: As :func:`bake_tensor`, now or while the rows are taken.
     """
-    work = _prepared(BakeJob(change, precise=True, dtype="F64"))
-    blocks = ((block.start, block.stop, block.current) for block in _blocks(work, torch.float64))
-    return Exact(tuple(work.stored.shape), work.turned, blocks)
+    work = _prepared(BakeJob(change, precise=precise, dtype="F64" if precise else "F32"), room)
+    blocks = ((block.start, block.stop, block.current) for block in _blocks(work, work.compute))
+    return Exact(tuple(work.stored.shape), work.turned, blocks, work.stored)
 
 
 def _prepared(job: BakeJob, room: Room | None = None) -> _Work:
@@ -119,12 +124,8 @@ def _prepared(job: BakeJob, room: Room | None = None) -> _Work:
     turned = any(term.turned for term in change.terms)
     replaced = [term.tensor.shape for term in change.terms if term.role == "replace" and term.tensor]
     stored = resized(stored, replaced[-1]) if replaced else stored
-    compiled = Compiler(change, _outputs_first(stored, turned), turned, compute, job.device).all()
+    compiled = Compiler(change, outputs_first(stored, turned), turned, compute, job.device).all()
     return _Work(job, stored, scale, turned, store, compute, compiled)
-
-
-def _outputs_first(tensor: torch.Tensor, turned: bool) -> torch.Tensor:
-    return rows_first(tensor.reshape(1) if tensor.dim() == 0 else tensor, turned)
 
 
 def _by_rows(work: _Work) -> BakedData:
@@ -158,7 +159,7 @@ def _measured_rows(work: _Work) -> list[int] | None:
 
 def _computed(work: _Work, data: torch.Tensor, dtype: torch.dtype, rows: list[int] | None) -> Fidelity:
     """Fill ``data`` with the result, rounded to its dtype; what fits ``dtype`` is not refused."""
-    source, target = work.source, _outputs_first(data, work.turned)
+    source, target = work.source, outputs_first(data, work.turned)
     fidelity = Fidelity()
     generator = _generator(work.job)
     for block in _blocks(work, dtype):

@@ -21,9 +21,11 @@ from typing import NamedTuple
 
 import torch
 
+from loratools.io._load import Room
 from loratools.io.base import Weight, load
-from loratools.ops._assemble import rows_first
+from loratools.ops._assemble import outputs_first
 from loratools.ops._bake_tensor import Exact, exact_rows
+from loratools.ops._verify_nearest import AFTER, BEFORE, FLIPPED, STEPS, Nearest, nearest
 from loratools.ops._verify_tasks import ABSENT, BAKED, LOST, NOT_BAKED, PARTLY, WRONG, Job
 from loratools.ops.checkpoint_results import VerifiedTensor
 from loratools.tensors import DTYPES
@@ -34,9 +36,7 @@ BLOCK = 1 << 18  # elements worked on at a time
 _FLOAT32 = 16 * 2.0**-24  # a few roundings of a float32 computation, relative to ‖W‖ + ‖ΔW‖
 _OTHER_TOOLS = 2.0**-9  # ΔW rounded to bfloat16 once
 _FARTHER = 4.0  # twice as far, squared
-_FLIPPED = 1 / 16  # a quarter, squared
 _SIGMAS = 6.0
-_STEPS = 8.0
 # Of float64: the bias of its exponent, the bits behind it, and its own.
 _BIAS, _FRACTION, _EXPONENT = 1023, 52, 0x7FF
 _CHANCE = -20.0  # the logarithm of what is taken for impossible
@@ -68,18 +68,14 @@ class Stored(NamedTuple):
         Args:
             turned: Whether it is stored as (in, out).
         """
-        scale = None if self.scale is None else rows_first(_with_rows(self.scale), turned)
-        return Stored(rows_first(_with_rows(self.data), turned), scale)
+        scale = None if self.scale is None else outputs_first(self.scale, turned)
+        return Stored(outputs_first(self.data, turned), scale)
 
     def units(self, start: int) -> torch.Tensor | float:
         """Their scales in float64."""
         if self.scale is None:
             return 1.0
         return self.scale.reshape(-1)[start : start + BLOCK].to(torch.float64)
-
-
-def _with_rows(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(1) if tensor.dim() == 0 else tensor
 
 
 class Sums(NamedTuple):
@@ -120,9 +116,9 @@ class Sums(NamedTuple):
     largest: float
 
 
-def stored(weight: Weight, scale: Weight | None) -> Stored:
-    """A tensor and its scales, read whole."""
-    data = load(weight)
+def stored(weight: Weight, scale: Weight | None, room: Room | None = None) -> Stored:
+    """A tensor and its scales, read whole; the tensor into memory that is used again, where that is given."""
+    data = load(weight, room)
     if scale is None:
         return Stored(data)
     from loratools.maths import float8
@@ -134,18 +130,20 @@ def verify_tensor(job: Job) -> VerifiedTensor:
     """Compare one tensor with what it should be; memory is a few times its own size."""
     change = job.change
     found = VerifiedTensor(job.key, change.target, change.component, ABSENT, 0.0, None, None, None, "")
-    target = exact_rows(change)
-    base = stored(change.weight, change.scale)
-    if base.data.shape != target.shape:
-        # All of it is new: a vocabulary of another size.
-        base = Stored(torch.zeros(()).expand(target.shape))
+    sure = nearest(job)
+    if sure is not None and job.baked is not None:
+        return _told(found._replace(verdict=BAKED, dtype=job.baked.dtype), sure)
+    target = exact_rows(change, room=BEFORE)
+    base = Stored(target.base) if change.scale is None else stored(change.weight, change.scale)
+    if change.weight.shape != target.shape:
+        base = Stored(torch.zeros(()).expand(target.shape))  # all is new: a vocabulary of another size
     if job.baked is None:
         return found._replace(norm=math.sqrt(_by_rows(base, target, base).delta))
     found = found._replace(verdict=WRONG, dtype=job.baked.dtype)
     if job.baked.shape != target.shape or not DTYPES[job.baked.dtype].floating:
         stands = f"{job.baked.dtype} of shape {list(job.baked.shape)}"
         return found._replace(note=f"it is {stands}, not of shape {list(target.shape)}")
-    sums = _by_rows(base, target, stored(job.baked, job.scale))
+    sums = _by_rows(base, target, stored(job.baked, job.scale, AFTER))
     if not math.isfinite(sums.error):
         return found._replace(norm=math.sqrt(sums.delta), note="it holds NaN or Inf")
     return _judged(found, sums)
@@ -241,19 +239,13 @@ def _judged(found: VerifiedTensor, sums: Sums) -> VerifiedTensor:
     if not sums.delta:
         verdict = WRONG if sums.beside else BAKED
         return found._replace(verdict=verdict, note="it should not have changed" if sums.beside else "")
-    norm = math.sqrt(sums.delta)
     kept = sums.along / sums.delta
-    found = found._replace(
-        norm=norm,
-        kept=kept,
-        error=math.sqrt(sums.error) / norm,
-        rounding=math.sqrt(sums.nearest) / norm,
-    )
+    found = _told(found, sums)
     if not sums.unchanged:
         # What nearest rounding would not show, or chance may well have left as it was.
         hidden = not sums.visible or sums.chance > _CHANCE
         return found._replace(verdict=BAKED, note=LOST) if hidden else found._replace(verdict=NOT_BAKED)
-    damaged = sums.farthest > _STEPS * sums.step + sums.largest / 64
+    damaged = sums.farthest > STEPS * sums.step + sums.largest / 64
     if _is_baked(sums, kept) and not damaged:
         return found._replace(verdict=BAKED)
     if _is_whole(sums, kept):
@@ -261,6 +253,16 @@ def _judged(found: VerifiedTensor, sums: Sums) -> VerifiedTensor:
     if _is_along(sums, kept):
         return found._replace(verdict=PARTLY, strength=kept)
     return found._replace(verdict=PARTLY if sums.error < sums.delta else WRONG)
+
+
+def _told(found: VerifiedTensor, sums: Sums | Nearest) -> VerifiedTensor:
+    norm = math.sqrt(sums.delta)
+    return found._replace(
+        norm=norm,
+        kept=sums.along / sums.delta,
+        error=math.sqrt(sums.error) / norm,
+        rounding=math.sqrt(sums.nearest) / norm,
+    )
 
 
 def _computed(sums: Sums) -> float:
@@ -282,7 +284,7 @@ def _deviation(sums: Sums) -> float:
 
 
 def _is_baked(sums: Sums, kept: float) -> bool:
-    if sums.beside <= _FLIPPED * sums.nearest + _computed(sums):
+    if sums.beside <= FLIPPED * sums.nearest + _computed(sums):
         return True
     return sums.error <= _within_rounding(sums) and _is_whole(sums, kept)
 

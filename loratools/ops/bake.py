@@ -141,9 +141,9 @@ def bake(
     if dry_run:
         from loratools.ops._bake_estimate import estimate
 
-        return _report(
-            planned, [], started, estimate=estimate(shards, options, planned.output, planned.bytes)
-        )
+        planning = time.perf_counter() - started
+        found_out = estimate(shards, options, planned.output, planned.bytes, planning=planning)
+        return _report(planned, [], started, estimate=found_out)
     meter = Meter(planned.bytes, progress)
     if found.folder:
         return _to_folder(planned, meter, started, overwrite=overwrite, resume=resume)

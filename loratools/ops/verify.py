@@ -1,6 +1,7 @@
 """Whether a checkpoint is a base with adapters baked in, tensor by tensor; memory is bounded by the largest of them.
 
-What adapters change is compared with W + Σ wᵢ · ΔWᵢ in float64, by the rule that ``_verify_tensor`` states: "baked" is
+What adapters change is compared with W + Σ wᵢ · ΔWᵢ in float64 (in float32 where that makes certain that it is W + ΔW
+rounded to nearest: ``_verify_nearest``), by the rule that ``_verify_tensor`` states: "baked" is
 what rounding to the store dtype makes of it (to nearest, stochastic or compensated, after a computation in float32 or
 better); "not baked" is the base's; "partly" is ΔW times another strength, or a result that is nearer to W + ΔW than W;
 all else is "wrong". What no adapter touches has to be the base's bit for bit, or after a cast where the result has
