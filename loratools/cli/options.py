@@ -204,9 +204,7 @@ _threads: Decorator[Any] = click.option(
     callback=_limit_threads,
     help="Threads to compute with. Default: one per core.",
 )
-_quiet: Decorator[Any] = click.option(
-    "--quiet", "-q", is_flag=True, help="No progress bar, and no report."
-)
+_quiet: Decorator[Any] = click.option("--quiet", "-q", is_flag=True, help="No progress bar, and no report.")
 _debug: Decorator[Any] = click.option(
     "--debug",
     is_flag=True,
@@ -256,9 +254,7 @@ _device: Decorator[Any] = click.option(
     metavar="DEVICE",
     help="Where to compute: auto (default), cpu, cuda, cuda:N or mps.",
 )
-_overwrite: Decorator[Any] = click.option(
-    "--overwrite", is_flag=True, help="Replace an existing output."
-)
+_overwrite: Decorator[Any] = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 _dry_run: Decorator[Any] = click.option(
     "--dry-run", is_flag=True, help="Do everything but write, and say what would be written."
 )

@@ -47,7 +47,12 @@ def default_threads() -> int:
 
 
 def run(
-    work: Callable[[Task], Result], tasks: Iterable[Task], *, threads: int | None = None
+    work: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    *,
+    threads: int | None = None,
+    size: Callable[[Task], int] | None = None,
+    most: int = 0,
 ) -> Iterator[Result]:
     """``work`` of every task, in the order of the tasks.
 
@@ -58,21 +63,32 @@ def run(
         work: Called on another thread.
         tasks: Taken from the caller's thread.
         threads: A count; default: one per processor.
+        size: Bytes that a task needs until its result is asked for; default: nothing that counts.
+        most: Of these bytes at a time; a task that needs more by itself has no other beside it.
     """
     count = threads or default_threads()
-    waiting: deque[Future[Result]] = deque()
-    queue = iter(tasks)
+    waiting: deque[tuple[Future[Result], int]] = deque()
+    queue, upcoming = iter(tasks), deque[tuple[Task, int]]()
+
+    def submit() -> None:
+        while len(waiting) < count * _AHEAD:
+            if not upcoming:
+                upcoming.extend((task, size(task) if size else 0) for task in islice(queue, 1))
+            held = sum(each for _, each in waiting)
+            if not upcoming or (waiting and held + upcoming[0][1] > most):
+                return
+            task, own = upcoming.popleft()
+            waiting.append((pool.submit(work, task), own))
+
     with _single_threaded_algebra(), ThreadPoolExecutor(count, initializer=_one_thread) as pool:
         try:
-            for task in islice(queue, count * _AHEAD):
-                waiting.append(pool.submit(work, task))
+            submit()
             while waiting:
-                result = waiting.popleft().result()
-                for task in islice(queue, 1):
-                    waiting.append(pool.submit(work, task))
+                result = waiting.popleft()[0].result()
+                submit()
                 yield result
         finally:
-            for future in waiting:
+            for future, _ in waiting:
                 future.cancel()
 
 

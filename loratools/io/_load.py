@@ -62,7 +62,7 @@ def load(weight: Weight, room: Room | None = None) -> torch.Tensor:
     return _from_file(weight).clone(memory_format=torch.contiguous_format)
 
 
-def load_rows(weight: Weight, start: int, stop: int) -> torch.Tensor:
+def load_rows(weight: Weight, start: int, stop: int, room: Room | None = None) -> torch.Tensor:
     """Rows ``start`` to ``stop`` of a tensor of one dimension or more, as by :func:`load`.
 
     Raises:
@@ -71,7 +71,8 @@ def load_rows(weight: Weight, start: int, stop: int) -> torch.Tensor:
     """
     shape = (stop - start, *weight.shape[1:])
     if weight.start is not None or not weight.nbytes:
-        return _read(weight, (weight.start or 0) + nbytes((start, *weight.shape[1:]), weight.dtype), shape)
+        at = (weight.start or 0) + nbytes((start, *weight.shape[1:]), weight.dtype)
+        return _read(weight, at, shape, room)
     import torch
 
     return _from_file(weight)[start:stop].clone(memory_format=torch.contiguous_format)

@@ -27,7 +27,8 @@ to 192 (Meyer, Musco, Musco: "On the unreasonable effectiveness of single vector
 approximation", SODA 2024).
 
 Products are float32, all small algebra is float64. Where the energies subtract to a small remainder, it is
-computed from the matrix itself instead. A remainder below what float32 resolves is left to the exact way.
+computed once from the matrix itself, and what later blocks hold is subtracted from that. A remainder below what float32
+resolves is left to the exact way.
 
 Musco, Musco: "Randomized block Krylov methods for stronger and faster approximate singular value decomposition",
 NeurIPS 2015.
@@ -42,6 +43,7 @@ import torch
 
 from loratools.maths._approximation import Approximation, polished
 from loratools.maths._blocks import Rows, new_directions
+from loratools.maths._products import images_of, rest_of
 from loratools.maths.rank import Float64, Rule, needed
 
 COMPUTE = torch.float64
@@ -51,11 +53,10 @@ _WIDTH_STEP = 16
 _FEWEST_PRODUCTS = 2
 _SAFETY = 1.5
 _FASTEST, _SLOWEST = 0.25, 0.999
-# Below this share of ‖D‖² the remainder is no longer taken from a difference: that is off by about 1e-8.
+# Below this share of what it is subtracted from, the remainder is computed anew: the difference is off by about 1e-8.
 _SUBTRACTED = 3e-5
 # Below this share, rounding in float32 products is no longer small against the remainder's own directions.
 _RESOLVED = 1e-9
-_TILE_ELEMENTS = 1 << 22
 
 
 class Target(NamedTuple):
@@ -138,7 +139,8 @@ class _State:
     Attributes:
         block: The newest directions, (n, width, in) float32, orthonormal rows.
         basis: Qᵀ, (n, b, in) float32, orthonormal rows.
-        images: (D·Q)ᵀ, (n, b, out), float32 products held in float64.
+        images: (D·Q)ᵀ, (n, b, out) float32.
+        left: Per matrix ‖D − DQQᵀ‖_F², as far as subtracting tells; and from how much was subtracted.
         small: T, (n, b, b) float64.
         values: The eigenvalues of T per matrix, descending.
         gains: Per matrix, what each of them grew by in the latest product and in the one before.
@@ -154,6 +156,7 @@ class _State:
         self.coupling: torch.Tensor | None = None
         self.values: list[Float64] = []
         self.gains: list[list[Float64]] = [[] for _ in sizes]
+        self.left = [(size.energy, size.energy) for size in sizes]
 
     @classmethod
     def begin(
@@ -167,7 +170,7 @@ class _State:
         most = min(width * products, inner)
         # Pages that are never written to take no memory.
         basis = Rows(block.new_empty(count, most, inner))
-        images = Rows(block.new_empty(count, most, out, dtype=COMPUTE))
+        images = Rows(block.new_empty(count, most, out))
         return cls(matrices, sizes, block, basis, images)
 
     @property
@@ -185,12 +188,18 @@ class _State:
         if self.values:
             self.advance()
         self.coupling = None
-        image = (self.block @ self.matrices.mT).to(COMPUTE)
+        image = images_of(self.block, self.matrices)
+        wide, held = image.to(COMPUTE), self.images
+        own = wide @ wide.mT
+        # Beyond the block before there is nothing but rounding.
+        last = wide @ held[:, -self.width :].to(COMPUTE).mT
+        across = torch.cat([(image @ held[:, : -self.width].mT).to(COMPUTE), last], 2)
         self._basis.append(self.block)
         self._images.append(image)
-        old = self.small.shape[1]
-        row = image @ self.images.mT
-        self.small = torch.cat([torch.cat([self.small, row[:, :, :old].mT], 2), row], 1)
+        upper = torch.cat([self.small, across.mT], 2)
+        self.small = torch.cat([upper, torch.cat([across, own], 2)], 1)
+        taken = own.diagonal(dim1=-2, dim2=-1).sum(-1).tolist()
+        self.left = [(left - each, start) for (left, start), each in zip(self.left, taken, strict=True)]
         found = torch.linalg.eigvalsh(self.small).flip(1).clamp_min(0.0).cpu().numpy()
         for place, before in enumerate(self.values):
             gain = (found[place][: before.size] - before).clip(0.0)
@@ -200,8 +209,8 @@ class _State:
     def advance(self) -> torch.Tensor:
         """Replace the block by what its image under DᵀD adds to the basis; its coefficients there, β."""
         if self.coupling is None:
-            image = self.images[:, -self.width :].to(self.matrices.dtype)
-            self.block, self.coupling = new_directions(image @ self.matrices, self.basis)
+            image = self.images[:, -self.width :] @ self.matrices
+            self.block, self.coupling = new_directions(image, self.basis)
         return self.coupling
 
     def keep(self, places: list[int]) -> None:
@@ -215,6 +224,7 @@ class _State:
         self.sizes = [self.sizes[place] for place in places]
         self.values = [self.values[place] for place in places]
         self.gains = [self.gains[place] for place in places]
+        self.left = [self.left[place] for place in places]
 
     def judge(self, place: int, target: Target, number: int) -> _Ended | None:
         """Whether one matrix is done (or cannot be done); None to go on."""
@@ -243,26 +253,19 @@ class _State:
         rank = end.rank or 0
         vectors = torch.linalg.eigh(self.small[place]).eigenvectors.flip(1)[:, :rank]
         # The product of the transposes is quicker than that with a transpose.
-        right = (vectors.mT @ self.basis[place].to(COMPUTE)).mT
-        left = (vectors.mT @ self.images[place]).mT
+        fine = end.lost < _SUBTRACTED * self.sizes[place].energy
+        turned = vectors.mT if fine else vectors.mT.to(self.basis.dtype)
+        right, left = ((turned @ held[place].to(turned.dtype)).mT for held in (self.basis, self.images))
         u, sigma, vh = polished(left, right)
         return Approximation(u, sigma, vh, end.lost, end.gap, np.sqrt(self.values[place]))
 
     def _outside(self, place: int) -> float:
-        """‖D − DQQᵀ‖_F²."""
-        energy = self.sizes[place].energy
-        difference = energy - float(self.values[place].sum())
-        if difference > _SUBTRACTED * energy:
-            return difference
-        matrix, basis = self.matrices[place], self.basis[place]
-        images = self.images[place].mT.to(matrix.dtype)
-        height = max(1, _TILE_ELEMENTS // matrix.shape[1])
-        total = 0.0
-        for start in range(0, matrix.shape[0], height):
-            rest = torch.addmm(
-                matrix[start : start + height], images[start : start + height], basis, alpha=-1.0
-            )
-            total += float(torch.linalg.vector_norm(rest)) ** 2
+        """‖D − DQQᵀ‖_F², by subtracting or from the matrix; later blocks are then subtracted from that."""
+        left, start = self.left[place]
+        if left > _SUBTRACTED * start:
+            return left
+        total = rest_of(self.matrices[place], self.basis[place], self.images[place].mT)
+        self.left[place] = (total, total)
         return total
 
     def _gap_by_residual(self, place: int, rank: int, outside: float) -> float:

@@ -88,6 +88,7 @@ def decompose(
     tolerance: float = 1e-3,
     seed: int = 0,
     noise: float = 0.0,
+    energy: float | None = None,
 ) -> Decomposed:
     """The best approximation of the rank that a rule asks for, or one within a tolerance of it.
 
@@ -104,15 +105,18 @@ def decompose(
         seed: Of the random start.
         noise: A Frobenius norm, of the rounding in D for one. The rank is cut to the smallest that leaves no more
             than this.
+        energy: ‖D‖_F², where the caller knows it to float64's rounding.
 
     Raises:
         NonFiniteError: The matrix holds NaN or Inf.
         OptionError: A rule, method or tolerance that has no meaning.
         ShapeError: It is no matrix.
     """
-    return decompose_batch(matrix[None], rule, method=method, tolerance=tolerance, seed=seed, noise=(noise,))[
-        0
-    ]
+    energies = () if energy is None else (energy,)
+    (found,) = decompose_batch(
+        matrix[None], rule, method=method, tolerance=tolerance, seed=seed, noise=(noise,), energies=energies
+    )
+    return found
 
 
 def decompose_batch(
@@ -123,6 +127,7 @@ def decompose_batch(
     tolerance: float = 1e-3,
     seed: int = 0,
     noise: Sequence[float] = (),
+    energies: Sequence[float] = (),
 ) -> list[Decomposed]:
     """``decompose`` of matrices of one shape; those that are searched are multiplied together.
 
@@ -136,6 +141,7 @@ def decompose_batch(
         tolerance: See there.
         seed: See there.
         noise: One per matrix, or none.
+        energies: Likewise.
 
     Raises:
         NonFiniteError: A matrix holds NaN or Inf.
@@ -146,7 +152,8 @@ def decompose_batch(
     _check(matrices, rule, method, tolerance, levels)
     if matrices.device.type == "mps":
         matrices = matrices.cpu()
-    prepared = [_prepare(matrix, level) for matrix, level in zip(matrices, levels, strict=True)]
+    known = tuple(energies) or (None,) * len(matrices)
+    prepared = [_prepare(*each) for each in zip(matrices, levels, known, strict=True)]
     found = {index: _zero(one) for index, one in enumerate(prepared) if one.size.energy == 0.0}
     for width in _widths(prepared[0].matrix, rule, method) if prepared else ():
         left = [index for index in range(len(prepared)) if index not in found]
@@ -188,14 +195,14 @@ def _check(
         )
 
 
-def _prepare(matrix: torch.Tensor, noise: float) -> _Prepared:
+def _prepare(matrix: torch.Tensor, noise: float, known: float | None) -> _Prepared:
     """The matrix stood upright, and scaled by a power of two where its squares would leave float32.
 
     Raises:
         NonFiniteError: It holds NaN or Inf.
     """
     matrix = matrix.detach().to(torch.float32)
-    energy = square_of(matrix)
+    energy = square_of(matrix) if known is None else known
     if not math.isfinite(energy):
         raise NonFiniteError(
             f"a matrix of shape {list(matrix.shape)} holds NaN or Inf",

@@ -16,18 +16,13 @@ import torch
 from loratools.engine import local
 from loratools.maths.rank import Rule
 from loratools.maths.svd import decompose_batch
-from loratools.ops._extract_tensor import (
-    FACTORS,
-    Difference,
-    Found,
-    Job,
-    difference,
-    extract_tensor,
-    factored,
-)
+from loratools.ops._extract_difference import Difference, difference
+from loratools.ops._extract_tensor import FACTORS, Found, Job, extract_tensor, factored
 
 # Of float32 matrices in one batch; and how many.
 _BATCH_BYTES = 1 << 28
+# Of float32 matrices that are read ahead, in the host's memory; a larger one is read alone.
+_HOST_BYTES = 1 << 30
 _BATCH = 32
 # A few matrices wait for each: enough to keep the accelerator busy, few enough for the host's memory.
 _READERS = 2
@@ -42,7 +37,8 @@ class _Sent(NamedTuple):
         found: The result of a job without a matrix to decompose.
         arrived: An event after the copy, or None where there was none to wait for.
         pinned: What is copied, kept until it has arrived.
-        noise: See ``Difference``.
+        norm: See ``Difference``.
+        noise: Likewise.
     """
 
     job: Job
@@ -50,6 +46,7 @@ class _Sent(NamedTuple):
     found: Found | None = None
     arrived: torch.cuda.Event | None = None
     pinned: torch.Tensor | None = None
+    norm: float = 0.0
     noise: float = 0.0
 
 
@@ -79,7 +76,8 @@ def run(jobs: Iterable[Job], device: str, *, batch: int = _BATCH) -> Iterator[Fo
             return _Sent(job, found=extract_tensor(job))
 
     waiting: list[_Sent] = []
-    for sent in local.run(read, sorted(jobs, key=_shape), threads=_READERS):
+    ordered = sorted(jobs, key=_shape)
+    for sent in local.run(read, ordered, threads=_READERS, size=_bytes, most=_HOST_BYTES):
         if sent.found is not None:
             yield sent.found
             continue
@@ -95,20 +93,28 @@ def _shape(job: Job) -> tuple[tuple[int, int], str, int]:
     return job.matrix, repr(job.rule), job.number
 
 
+def _bytes(job: Job) -> int:
+    """Of the difference."""
+    return 4 * job.matrix[0] * job.matrix[1]
+
+
 def _send(job: Job, found: Difference, device: str, stream: torch.cuda.Stream | None) -> _Sent:
     if stream is None:
-        return _Sent(job, found.matrix.to(device), noise=found.noise)
-    pinned = found.matrix.pin_memory()
+        return _Sent(job, found.matrix.to(device), norm=found.norm, noise=found.noise)
+    try:
+        pinned = found.matrix.pin_memory()
+    except RuntimeError:
+        pinned = found.matrix  # the system pins no more: the copy waits instead
     with torch.cuda.stream(stream):
         there = pinned.to(device, non_blocking=True)
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record(stream)
-    return _Sent(job, there, None, arrived, pinned, found.noise)
+    return _Sent(job, there, None, arrived, pinned, found.norm, found.noise)
 
 
 def _fits(waiting: Sequence[_Sent], sent: _Sent, batch: int) -> bool:
     first = waiting[0].job
-    size = 4 * (len(waiting) + 1) * first.matrix[0] * first.matrix[1]
+    size = (len(waiting) + 1) * _bytes(first)
     alike = (first.matrix, first.rule) == (sent.job.matrix, sent.job.rule)
     return alike and len(waiting) < batch and size <= _BATCH_BYTES
 
@@ -127,7 +133,7 @@ def _decomposed(batch: Sequence[_Sent]) -> list[Found]:
 def _together(batch: Sequence[_Sent]) -> list[Found]:
     matrices = []
     for sent in batch:
-        if sent.matrix is None:
+        if sent.matrix is None:  # of a job without one, which is in no batch
             continue
         if sent.arrived is not None:
             present = torch.cuda.current_stream(sent.matrix.device)
@@ -144,5 +150,7 @@ def _together(batch: Sequence[_Sent]) -> list[Found]:
         method=job.method,
         tolerance=job.tolerance,
         seed=job.seed,
+        noise=[sent.noise for sent in batch],
+        energies=[sent.norm * sent.norm for sent in batch],
     )
     return [factored(sent.job, each) for sent, each in zip(batch, found, strict=True)]

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from loratools.io.base import Weight, load, load_rows
+from loratools.ops._extract_difference import norm_of, unlike
 from loratools.ops._extract_modules import Kept
 from loratools.ops._extract_pairs import Pair, Stored
-from loratools.ops._extract_tensor import FACTORS, FULL, norm_of, unlike
+from loratools.ops._extract_tensor import FACTORS, FULL
 from loratools.ops.checkpoint_results import ExtractedModule, ExtractReport, LeftOut
 
 if TYPE_CHECKING:

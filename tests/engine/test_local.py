@@ -70,3 +70,19 @@ def test_the_threads_follow_the_usual_variable(monkeypatch: pytest.MonkeyPatch) 
     assert local.default_threads() == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "many")
     assert local.default_threads() >= 1
+
+
+def test_tasks_that_need_much_are_not_taken_ahead_of_each_other() -> None:
+    begun: list[int] = []
+
+    def work(number: int) -> int:
+        begun.append(number)
+        return number
+
+    sizes = [10, 10, 10, 90, 500, 10, 10]
+    results = local.run(work, range(len(sizes)), threads=2, size=lambda number: sizes[number], most=100)
+    for number in range(len(sizes)):
+        taken = [each for each in begun if each >= number]
+        assert len(taken) <= 1 or sum(sizes[each] for each in taken) <= 100
+        assert next(results) == number
+    assert sorted(begun) == list(range(len(sizes)))

@@ -211,6 +211,17 @@ def test_a_batch_that_does_not_fit_is_divided(
         assert float((product(one) - product(found[job.number])).norm()) <= 1e-5 * one.norm
 
 
+def test_a_batch_tells_rounding_from_the_difference_as_a_single_matrix_does(tmp_path: Path) -> None:
+    disk, shape = Disk(tmp_path), (300, 256)
+    base = normal(*shape)
+    low = 0.01 * normal(300, 4, seed=1) @ normal(4, 256, seed=2)
+    sides = [Piece(disk.put(values, torch.float32), ((0, 300, 0),)) for values in (base, base + low)]
+    job = Job(0, "w", sides[0], (sides[1],), shape, 300, FACTORS, Rule("rank", 16))
+    assert len(extract_tensor(job).sigma) == 4
+    (found,) = _extract_batched.run([job], "cpu")
+    assert len(found.sigma) == 4
+
+
 def test_a_matrix_that_cannot_be_sent_is_decomposed_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
