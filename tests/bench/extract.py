@@ -1,13 +1,15 @@
 """Extraction at rank 32 against torch.linalg.svd of every layer, as whole processes, and the memory it takes.
 
 The full decomposition (float32, torch's own threads) is timed on a sample of the layers that are extracted, --sample
-of each shape, and multiplied by how many there are. With --quick, shapes of more than 2 million values are taken at
-the highest rate of those measured, in out · in · min(out, in) per second: a lower bound. On a busy machine --threads 1
+of each shape, and multiplied by how many there are: as thin factors, and with --full as torch.linalg.svd gives them
+unless told otherwise, square on both sides, which is how many tools call it. With --quick, shapes of more than 2
+million values are taken at the highest rate of those measured, in out · in · min(out, in) per second (--full: in
+max(out, in) for the smaller side, too): a lower bound. On a busy machine --threads 1
 and the ratio of processor time, which is then printed, say more than wall time. From an extraction nothing is
 subtracted: it includes the start of Python and torch, reading both checkpoints, and writing. Memory is the most that
 the process had resident, beyond that of one that imports torch.
 
-Run: python -m tests.bench.extract [--only sd15|llama] [--twice] [--quick] [--sample N]
+Run: python -m tests.bench.extract [--only sd15|llama] [--twice] [--quick] [--sample N] [--full]
 """
 
 from __future__ import annotations
@@ -41,13 +43,15 @@ def extracted(shapes: dict[str, tuple[int, ...]]) -> Counter[Shape]:
     return found
 
 
-def full_decomposition(counts: Counter[Shape], sample: int, most: float) -> float:
+def full_decomposition(counts: Counter[Shape], asked: argparse.Namespace) -> float:
     """Print seconds per shape, and return those of all layers; processor time where torch has one thread."""
     total, least = 0.0, math.inf
-    work = {shape: float(shape[0]) * shape[1] * min(shape) for shape in counts}
+    most = _QUICK if asked.quick else math.inf
+    side = max if asked.full else min
+    work = {shape: float(shape[0]) * shape[1] * side(shape) for shape in counts}
     for shape in sorted(counts, key=lambda each: work[each]):
         if shape[0] * shape[1] <= most:
-            seconds = _timed(shape, min(sample, counts[shape]))
+            seconds = _timed(shape, min(asked.sample, counts[shape]), full=asked.full)
             least = min(least, seconds / work[shape])
             said = ""
         else:
@@ -60,14 +64,14 @@ def full_decomposition(counts: Counter[Shape], sample: int, most: float) -> floa
     return total
 
 
-def _timed(shape: Shape, sample: int) -> float:
+def _timed(shape: Shape, sample: int, *, full: bool) -> float:
     """Seconds of one full decomposition, the mean of a sample."""
     spent = 0.0
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     for number in range(sample):
         matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(number))
         started = clock()
-        torch.linalg.svd(matrix, full_matrices=False)
+        torch.linalg.svd(matrix, full_matrices=full)
         spent += clock() - started
     return spent / sample
 
@@ -103,7 +107,7 @@ def compare(
     seconds = extraction(what, *pair)
     if asked.memory:
         return
-    full = full_decomposition(extracted(shapes), asked.sample, _QUICK if asked.quick else math.inf)
+    full = full_decomposition(extracted(shapes), asked)
     print(
         f"{what}: torch.linalg.svd {full:.0f} s, extract {seconds:.1f} s, ratio {full / seconds:.1f}",
         flush=True,
@@ -118,6 +122,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--memory", action="store_true", help="leave out the full decompositions")
     parser.add_argument("--sample", type=int, default=1)
+    parser.add_argument("--full", action="store_true", help="square factors, torch.linalg.svd's default")
     parser.add_argument("--threads", type=int, help="of the full decomposition; default: torch's own")
     return parser.parse_args()
 
