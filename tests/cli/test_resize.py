@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 
 import factories
 import pytest
-from click.testing import CliRunner
 
 import loratools as lt
-from loratools.cli.resize import command
+from tests.cli.running import invoke
 
 
 def run(*arguments):
-    # click 8.2 and later always keep stdout and stderr apart, and have no such argument.
-    older = "mix_stderr" in inspect.signature(CliRunner).parameters
-    runner = CliRunner(mix_stderr=False) if older else CliRunner()
-    return runner.invoke(command, list(map(str, arguments)), prog_name="loratools resize")
+    return invoke("resize", *arguments)
 
 
 @pytest.fixture(scope="module")
