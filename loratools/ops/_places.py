@@ -286,7 +286,9 @@ def _misfit(module: Module, cut: Sequence[_Cut]) -> str:
     """The sentence on a module that its place does not fit; empty where it does, or does not tell."""
     if any(part.packed for part in cut):
         return ""
-    stored = ", ".join([f"{list(part.shape)} ({part.path})" for part in cut])
+    stored = ", ".join(
+        [f"{list(part.shape)}" + f" ({part.path})" * (part.path != module.target.path) for part in cut]
+    )
     if any(part.spans is None for part in cut):
         return f"{module.target}: its rows are no whole shares of the base's {stored}"
     said = module.shape

@@ -123,7 +123,9 @@ def _refuse_shapes(adapter: Adapter, base: Base, lost: Lost) -> NoReturn:
             "does not"
         )
     elif adapter.arch != UNKNOWN:
-        expected = f"The adapter looks like {_title(adapter)}; the base looks like {looks_like(base)}"
+        title, other = _title(adapter), looks_like(base)
+        same = f"Both look like {title}, of different widths"
+        expected = same if title == other else f"The adapter looks like {title}; the base looks like {other}"
     raise ShapeError(
         f"{len(lost.misfits)} of {len(adapter.modules)} modules do not fit {base.path}",
         path=adapter.path or None,

@@ -78,7 +78,7 @@ def _timed(shape: Shape, sample: int, *, full: bool) -> float:
 
 def extraction(what: str, base: Path, tuned: Path) -> float:
     """Print the seconds and memory of an extraction; its seconds, of the clock that the full decomposition has."""
-    output = base.with_name("extracted.safetensors")
+    output = base.with_name("extracted" + base.suffix)
     start = measured(_TORCH)
     before = _spent()
     found = measured(

@@ -385,6 +385,8 @@ def test_a_choice_of_components_that_leaves_nothing_is_refused() -> None:
 def test_shapes_that_do_not_fit_are_named_with_both() -> None:
     with pytest.raises(ShapeError, match=r"the adapter's is \[8, 9\], the base's \[8, 8\]"):
         _plan(_llama(), _llm(_module(f"{_LAYER}.q_proj", 8, 9)), skip_missing=True)
+    with pytest.raises(ShapeError, match="Both look like language model, of different widths"):
+        _plan(_llama(), _llm(_module(f"{_LAYER}.q_proj", 8, 9)))
 
 
 def test_an_inpainting_model_is_called_so() -> None:
