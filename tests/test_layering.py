@@ -65,6 +65,7 @@ TORCH_FREE_OPS = {
     "_quantised",
     "_replaced",
     "_terms",
+    "_strengths",
     "_tied",
     "_tied_names",
     "_tied_uses",

@@ -23,6 +23,7 @@ from loratools.ops._bake_run import Meter, Options, Progress
 from loratools.ops._bake_shards import ShardPlan, shard_plans
 from loratools.ops._changes import Plan
 from loratools.ops._outputs import PICKLES, PathLike, check_output
+from loratools.ops._strengths import strengths
 from loratools.ops._unmapped import unmapped
 from loratools.ops.checkpoint_results import BakedTensor, BakeEstimate, BakeReport
 
@@ -128,12 +129,14 @@ def bake(
     loaded = tuple(
         each if isinstance(each, Adapter) else unmapped(files.bakeable(each, arch=arch)) for each in adapters
     )
-    strengths = _strengths(weights, len(loaded))
-    plan = _locate.plan(found, loaded, strengths, arch=arch, components=components, skip_missing=skip_missing)
+    multiplied = strengths(weights, len(loaded))
+    plan = _locate.plan(
+        found, loaded, multiplied, arch=arch, components=components, skip_missing=skip_missing
+    )
     name = os.path.basename(os.fspath(output))
     shards = shard_plans(found, plan, container=container, store=options.store, name=name)
     planned = _Bake(
-        found, loaded, strengths, plan, tuple(shards), options, container, os.fspath(output), engine
+        found, loaded, multiplied, plan, tuple(shards), options, container, os.fspath(output), engine
     )
     planned = planned._replace(
         replaced=_bake_beside.replaced(found, [shard.name for shard in shards], planned.output)
@@ -209,21 +212,6 @@ def _check_options(rounding: str, dtype: str) -> None:
         raise OptionError(f"there is no rounding {rounding!r}", candidates=ROUNDINGS)
     if dtype != "keep" and dtype not in files.STORE_DTYPES:
         raise OptionError(f"there is no store dtype {dtype!r}", candidates=[*files.STORE_DTYPES, "keep"])
-
-
-def _strengths(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    if not count:
-        raise OptionError("there is no adapter to bake", expected="At least one adapter was expected")
-    given = tuple(float(weight) for weight in weights) if weights is not None else (1.0,) * count
-    if len(given) != count:
-        raise OptionError(
-            f"{len(given)} weights for {count} adapters",
-            expected="One weight for each adapter was expected",
-        )
-    bad = [str(weight) for weight in given if not math.isfinite(weight)]
-    if bad:
-        raise OptionError("a weight is not a finite number", keys=bad)
-    return given
 
 
 def _container(base: Base, output: str) -> str:

@@ -16,11 +16,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 from loratools.engine import Engine
 from loratools.engine.local import Local
-from loratools.errors import OptionError
 from loratools.io.base import keys_of
 from loratools.model import Adapter
 from loratools.ops import _locate, files
 from loratools.ops._outputs import PathLike
+from loratools.ops._strengths import strengths
 from loratools.ops._unmapped import unmapped
 from loratools.ops._verify_tasks import BAKED, LOST, NOT_BAKED, Job, Task, strangers, tasks
 from loratools.ops._verify_tensor import verify_tensor
@@ -66,10 +66,10 @@ def verify(
     loaded = [
         each if isinstance(each, Adapter) else unmapped(files.bakeable(each, arch=arch)) for each in adapters
     ]
-    strengths = _strengths(weights, len(loaded))
+    multiplied = strengths(weights, len(loaded))
     before, after = keys_of(base), keys_of(baked)
     plan = _locate.plan(
-        before, loaded, strengths, arch=arch, components=components, skip_missing=skip_missing
+        before, loaded, multiplied, arch=arch, components=components, skip_missing=skip_missing
     )
     results = _run(list(tasks(before, after, plan)), engine or Local(threads), progress)
     told = [each for each in results if each is not None]
@@ -78,7 +78,7 @@ def verify(
         base=before.path,
         baked=after.path,
         adapters=tuple(adapter.path for adapter in loaded),
-        weights=strengths,
+        weights=multiplied,
         arch=plan.arch,
         ok=all(tensor.verdict == BAKED for tensor in found),
         tensors=found,
@@ -88,18 +88,6 @@ def verify(
         missing=plan.missing,
         notes=(*plan.notes, *_notes(found)),
     )
-
-
-def _strengths(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    if not count:
-        raise OptionError("there is no adapter to look for", expected="At least one adapter was expected")
-    given = tuple(map(float, weights)) if weights is not None else (1.0,) * count
-    if len(given) != count or not all(map(math.isfinite, given)):
-        raise OptionError(
-            f"the weights are {', '.join(map(str, given)) or 'none'}, the adapters {count}",
-            expected="One finite number for each adapter was expected",
-        )
-    return given
 
 
 def _run(work: Sequence[Task], engine: Engine, progress: Progress | None) -> list[VerifiedTensor | None]:
