@@ -39,13 +39,13 @@ def atomic_output(path: str | os.PathLike[str], overwrite: bool, needed: int | N
             # Made here rather than by tempfile, whose files no one else may read whatever the umask says.
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             yield temporary
-            _sync(temporary)
+            sync(temporary)
             _check_target(target, overwrite)
             os.replace(temporary, target)
     finally:
         with suppress(OSError):  # gone under its new name; a read-only file system refuses even that
             temporary.unlink()
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def atomic_folder(
         WriteError: The output is a file, its parent is missing, or the system refuses.
     """
     target = Path(os.path.realpath(path))
-    _check_folder(target, overwrite)
+    check_folder(target, overwrite)
     temporary = _temporary(target)
     try:
         with _write_errors(target, None):
@@ -77,12 +77,12 @@ def atomic_folder(
                 yield temporary
             files = sorted(file for file in temporary.rglob("*") if file.is_file())
             for file in files:
-                _sync(file)
-            _check_folder(target, overwrite)
+                sync(file)
+            check_folder(target, overwrite)
             with suppress(OSError):  # only an empty folder can be removed, and need not be kept
                 target.rmdir()
             if target.exists():
-                _replace_files(files, temporary, target)
+                replace_files(files, temporary, target)
                 for name in replaced:
                     if temporary / name not in files:
                         (target / name).unlink(missing_ok=True)
@@ -92,19 +92,20 @@ def atomic_folder(
         import shutil
 
         shutil.rmtree(temporary, ignore_errors=True)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def _temporary(target: Path) -> Path:
     return target.with_name(f".{target.name[:_SHOWN_NAME]}.{os.urandom(6).hex()}.part")
 
 
-def _replace_files(files: list[Path], source: Path, target: Path) -> None:
+def replace_files(files: list[Path], source: Path, target: Path) -> None:
+    """Move files to their places in a folder, the index (JSON) files last, so that none names what is not there yet."""
     for file in sorted(files, key=lambda file: (file.suffix == ".json", file)):
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
         os.replace(file, place)
-    _sync_folder(target)
+    sync_folder(target)
 
 
 @contextmanager
@@ -138,7 +139,8 @@ def _check_target(target: Path, overwrite: bool) -> None:
         )
 
 
-def _check_folder(target: Path, overwrite: bool) -> None:
+def check_folder(target: Path, overwrite: bool) -> None:
+    """Refuse a folder that cannot be written, or one that exists unless it may be overwritten."""
     mode = _mode(target)
     if mode is None:
         _check_parent(target)
@@ -191,13 +193,13 @@ def _write_errors(target: Path, needed: int | None) -> Iterator[None]:
         ) from error
 
 
-def _sync(file: Path) -> None:
+def sync(file: Path) -> None:
     """Have the content on the disk before its name, lest a power cut leave the name of an empty file."""
     with open(file, "r+b") as opened:
         os.fsync(opened.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Have a rename on the disk; where folders cannot be opened (Windows) it follows later."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

@@ -20,7 +20,7 @@ from loratools.errors import LoraError, OutputExistsError, ReadError, WriteError
 from loratools.io._journal import Journal
 from loratools.io._lock import HeldError, Lock
 from loratools.io._model_files import true_index
-from loratools.io.atomic import _check_folder, _replace_files, _sync, _sync_folder
+from loratools.io.atomic import check_folder, replace_files, sync, sync_folder
 from loratools.io.base import Base
 from loratools.io.regions import clone_file
 
@@ -90,7 +90,7 @@ class ModelFolder:
             OutputExistsError: The output holds files, and ``overwrite`` is false; or another process writes it.
             WriteError: The output is a file, its parent is missing, or the system refuses.
         """
-        _check_folder(self._target, self._overwrite)
+        check_folder(self._target, self._overwrite)
         try:
             self._work.mkdir(exist_ok=True)
             self._lock = Lock(self._work / "lock")
@@ -141,10 +141,10 @@ class ModelFolder:
             OSError: The system refuses.
         """
         path = self._unfinished(name)
-        _sync(path)
+        sync(path)
         size = path.stat().st_size
         os.replace(path, self._new / name)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         with self._turn:
             self._written.add(name)
             self._finished[name] = size
@@ -179,7 +179,7 @@ class ModelFolder:
             files = sorted(file for file in self._new.rglob("*") if file.is_file())
             for file in files:
                 if file.relative_to(self._new).as_posix() not in self._finished:
-                    _sync(file)
+                    sync(file)
             self._take_name(files)
         except OSError as error:
             if _by_the_system(error):
@@ -188,17 +188,17 @@ class ModelFolder:
         self._finished = {}
 
     def _take_name(self, files: list[Path]) -> None:
-        _check_folder(self._target, self._overwrite)
+        check_folder(self._target, self._overwrite)
         with suppress(OSError):  # only an empty folder can be removed, and need not be kept
             self._target.rmdir()
         if self._target.exists():
-            _replace_files(files, self._new, self._target)
+            replace_files(files, self._new, self._target)
             for name in self._replaced:
                 if self._new / name not in files:
                     (self._target / name).unlink(missing_ok=True)
         else:
             os.replace(self._new, self._target)
-        _sync_folder(self._target.parent)
+        sync_folder(self._target.parent)
 
     def _leave(self) -> None:
         """Remove the work folder, or where it can be resumed what is half-written in it; let go of the lock."""

@@ -85,7 +85,7 @@ def _converted(
     """A module as LoRA, in the CPU's memory; None where it has no ΔW to convert."""
     needed = module.magnitude is not None or kinds.get(module.kind).needs_base
     weight = weights.of(module) if weights is not None and needed else None
-    given = on(module if weights is None else _with_kernel(module, weights), place)
+    given = on(module if weights is None else with_kernel(module, weights), place)
     with torch.device(place):
         found = to_lora(given, rank=rank, base=weight.to(place) if weight is not None else None, dtype=dtype)
     if found.module is given:
@@ -93,7 +93,7 @@ def _converted(
     return found if place == "cpu" else found._replace(module=home(found.module))
 
 
-def _with_kernel(module: Module, weights: Weights) -> Module:
+def with_kernel(module: Module, weights: Weights) -> Module:
     """The module with the kernel that its base weight has, where its own factors hold it flattened."""
     said = module.shape
     if module.kind not in _FLATTENED or said is None or len(said) > _MATRIX:

@@ -94,7 +94,7 @@ def combine(asked: Request, target: Target, contributions: Sequence[Contribution
     merged = _for_scale(asked, wide if asked.steps.boost is None else boosted(wide, asked.steps.boost))
     module = _module(asked, target, active, merged)
     return Combined(
-        module, sources, outcome.energy, size, note=_underflow(module, merged), remark=outcome.note
+        module, sources, outcome.energy, size, note=underflow(module, merged), remark=outcome.note
     )
 
 
@@ -231,7 +231,7 @@ def _module(asked: Request, target: Target, active: Sequence[Contribution], fact
     )
 
 
-def _underflow(module: Module, factors: Factors) -> str:
+def underflow(module: Module, factors: Factors) -> str:
     """What to say where the store dtype is too coarse for values this small; empty where it is not."""
     for role, wide in (("up", factors.up), ("down", factors.down)):
         ref = module.factors[role]

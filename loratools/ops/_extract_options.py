@@ -111,8 +111,8 @@ def options(
     Raises:
         OptionError: A value is out of its range, or options contradict each other.
     """
-    kind, value, text, tag = _rule({name: given for name, given in rules.items() if given is not None})
-    _check_ranks(min_rank, max_rank, conv_rank)
+    kind, value, text, tag = rule_of({name: given for name, given in rules.items() if given is not None})
+    check_ranks(min_rank, max_rank, conv_rank)
     if dtype != "keep" and dtype not in files.STORE_DTYPES:
         raise OptionError(f"there is no store dtype {dtype!r}", candidates=[*files.STORE_DTYPES, "keep"])
     if how["svd"] not in SVDS:
@@ -137,7 +137,7 @@ def options(
     )
 
 
-def _rule(given: Mapping[str, float | str]) -> tuple[str, float, str, str]:
+def rule_of(given: Mapping[str, float | str]) -> tuple[str, float, str, str]:
     """Kind, value, words and tag of the one rule that is given."""
     if len(given) != 1:
         what = f"{' and '.join(given)} are given" if given else "no rank is given"
@@ -163,7 +163,8 @@ def _rule(given: Mapping[str, float | str]) -> tuple[str, float, str, str]:
     return kind, said, f"{kind} {said:g}", _SHORT[kind] + number
 
 
-def _check_ranks(least: int, most: int | None, conv: int | None) -> None:
+def check_ranks(least: int, most: int | None, conv: int | None) -> None:
+    """Refuse bounds of ranks that no module can keep, and a negative rank of convolutions."""
     if least < 1 or (most is not None and most < least):
         raise OptionError(
             f"the smallest rank is {least}, the largest {'unlimited' if most is None else most}",

@@ -90,7 +90,7 @@ def metadata(
     tags = _united_tags(adapters)
     if tags:
         agreed["ss_tag_frequency"] = json.dumps(tags)
-    record = {"version": __version__, "method": method, "inputs": [_recorded(each) for each in inputs]}
+    record = {"version": __version__, "method": method, "inputs": [recorded(each) for each in inputs]}
     agreed[RECORD] = json.dumps(record)
     agreed[RECIPE] = json.dumps(recipe, ensure_ascii=False)
     return agreed
@@ -107,7 +107,8 @@ def _united_tags(adapters: Sequence[Adapter]) -> dict[str, dict[str, int]]:
     return united
 
 
-def _recorded(described: Mapping[str, Any]) -> dict[str, Any]:
+def recorded(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result's metadata says of one input: its name, and what it takes to know the file again."""
     return {
         "name": shown_name(described["path"]),
         "weight": described["weight"],

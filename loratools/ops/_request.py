@@ -97,7 +97,7 @@ def request(
         raise OptionError(f"there is no store dtype {dtype!r}", candidates=[*files.STORE_DTYPES, "keep"])
     chosen = _method(method, len(adapters))
     arch = align.common_arch([*adapters, *steps.styles])
-    target_layout = _layout(adapters, layout)
+    target_layout = written_layout(adapters, layout)
     return Request(
         adapters=tuple(adapters),
         weights=given,
@@ -184,7 +184,8 @@ def _options(method: methods.Method, rank: int | None, given: Mapping[str, Any])
     return methods.options(method, rank=rank, **given)
 
 
-def _layout(adapters: Sequence[Adapter], name: str | None) -> Layout:
+def written_layout(adapters: Sequence[Adapter], name: str | None) -> Layout:
+    """The layout of the result: the one named, else that of the first input; refused where it cannot be written."""
     first = adapters[0]
     wanted = name or first.layout.name
     form = formats.get(wanted) if wanted != "unknown" else None

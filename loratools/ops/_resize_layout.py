@@ -27,7 +27,7 @@ def present(adapter: Adapter) -> Layout:
     """The adapter's own layout as it is written today; as it is where it is not written at all."""
     if adapter.layout.name not in formats.writable():
         return adapter.layout
-    return _request._layout([adapter], None)
+    return _request.written_layout([adapter], None)
 
 
 def comes_first(adapter: Adapter, goal: str, asked: Options) -> bool:
@@ -78,7 +78,7 @@ def matched(adapter: Adapter, *paths: files.PathLike | None) -> tuple[Adapter, l
     """The adapter under the names of the first model that is given, and what each model holds."""
     found = [keys_of(path) if path is not None else None for path in paths]
     first = next((each for each in found if each is not None), None)
-    return convert._against(adapter, first), found
+    return convert.against(adapter, first), found
 
 
 def _has_tucker(adapter: Adapter) -> bool:

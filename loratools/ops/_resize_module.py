@@ -132,7 +132,7 @@ def resized(
     exact = scaled(padded(cut, wanted), source.module.scale / form.scale(wanted))
     result = stored(source.module, exact, form, form.store(module))
     lost = rounding(exact, result, math.sqrt(known.total))
-    note = _combine._underflow(result, exact)
+    note = _combine.underflow(result, exact)
     if not known.total:
         note = f"{module.target} is zero throughout, and was written as rank {wanted}"
     return Resized(result, known, energy, math.hypot(truncation, lost), note)

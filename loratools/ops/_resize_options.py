@@ -117,10 +117,10 @@ def options(
     """
     given = {name: value for name, value in rules.items() if value is not None}
     if given or to_rank_of is None:
-        kind, value, text, _ = _extract_options._rule(given)
+        kind, value, text, _ = _extract_options.rule_of(given)
     else:
         kind, value, text = "whole", _UNLIMITED, "all that there is"
-    _extract_options._check_ranks(min_rank, max_rank, conv_rank)
+    _extract_options.check_ranks(min_rank, max_rank, conv_rank)
     if multiple_of < 1 or multiple_of != int(multiple_of):
         raise OptionError(
             f"ranks are to be multiples of {multiple_of}", expected="A whole number of at least 1"

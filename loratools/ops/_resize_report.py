@@ -30,7 +30,7 @@ def metadata(adapter: Adapter, asked: Options, inputs: _merged.Inputs) -> dict[s
         for key, value in adapter.metadata.items()
         if not key.startswith("sshs_") and key not in _STALE
     }
-    sources = [_merged._recorded(each) for each in inputs.described()]
+    sources = [_merged.recorded(each) for each in inputs.described()]
     limits = {
         "min_rank": asked.least if asked.least > 1 else None,
         "max_rank": asked.most,

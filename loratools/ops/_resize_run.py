@@ -94,7 +94,7 @@ def to_cut(adapter: Adapter, asked: Options, base: Weights | None) -> dict[Targe
     _refuse_kinds(adapter, modules, has_base=base is not None)
     if base is None:
         return modules
-    return {target: _as_kind._with_kernel(module, base) for target, module in modules.items()}
+    return {target: _as_kind.with_kernel(module, base) for target, module in modules.items()}
 
 
 def _refuse_kinds(adapter: Adapter, modules: Mapping[Target, Module], *, has_base: bool) -> None:

@@ -11,7 +11,7 @@ from loratools.errors import NonFiniteError
 from loratools.kinds import lora
 from loratools.maths.lowrank import COMPUTE, Factors
 from loratools.model import Module
-from loratools.ops.as_lora import _store_dtype
+from loratools.ops.as_lora import store_dtype
 from loratools.tensors import DTYPES, LazySource, TensorRef, from_torch
 
 BIASES = ("up_bias", "diff_b")
@@ -38,7 +38,7 @@ class Form(NamedTuple):
 
     def store(self, module: Module) -> str:
         """The dtype that a module's factors are stored in."""
-        return self.dtype or _store_dtype(module)
+        return self.dtype or store_dtype(module)
 
 
 def shaped(module: Module, rank: int, shape: tuple[int, ...], form: Form) -> Module:

@@ -98,7 +98,7 @@ def to_lora(
         return Converted(module, 0.0, True)
     if base is None and (kind.needs_base or module.magnitude is not None):
         needed(module, base, "DoRA" if module.magnitude is not None else kind.title)
-    store = dtype or _store_dtype(module)
+    store = dtype or store_dtype(module)
     plain = _is_plain(module) and (rank is None or rank >= module.factors["up"].shape[1])
     if plain and all(module.factors[role].dtype == store for role in ("up", "down")):
         return Converted(module, 0.0, True)
@@ -235,7 +235,7 @@ def _stored(module: Module, tensor: torch.Tensor, store: str) -> TensorRef:
     return from_torch("", after)
 
 
-def _store_dtype(module: Module) -> str:
+def store_dtype(module: Module) -> str:
     """The dtype of the module's factors, or one that holds the values of all."""
     found = {
         ref.dtype for role, ref in module.factors.items() if role not in SPARSE and DTYPES[ref.dtype].floating

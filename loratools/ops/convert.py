@@ -89,7 +89,7 @@ def convert(
     refuse_nonfinite(adapter)
     goal = files.layout_of(form, container)
     known = keys_of(base) if base is not None else None
-    ready, origins, conversions = _as_kind(_against(adapter, known), as_kind, rank, known, dtype, device)
+    ready, origins, conversions = _as_kind(against(adapter, known), as_kind, rank, known, dtype, device)
     ready, components = _settle.apart(ready, form, goal, drop)
     regrouped = _regroup.regroup(ready, form)
     store = files.STORE_DTYPES.get(dtype, "")
@@ -154,7 +154,7 @@ def writable(layout: str) -> Format:
     return form
 
 
-def _against(adapter: Adapter, base: Base | None) -> Adapter:
+def against(adapter: Adapter, base: Base | None) -> Adapter:
     """The adapter under the base's own names; its tensors keep the keys that they have in the file."""
     if base is None:
         return adapter

@@ -56,7 +56,7 @@ def test_an_interrupted_bake_leaves_the_older_model(made, tmp_path, monkeypatch)
     def stop(*_given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loratools.io.model_folder._replace_files", stop)
+    monkeypatch.setattr("loratools.io.model_folder.replace_files", stop)
     with pytest.raises(KeyboardInterrupt):
         bake(sharded, [adapter], tmp_path / "out", overwrite=True)
     assert names(tmp_path / "out") == names(one)
