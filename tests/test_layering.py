@@ -22,14 +22,16 @@ MAY: dict[str, set[str]] = {
     "registry": {"errors"},
     "io": {"errors", "tensors"},
     "archs": {"errors", "model", "registry"},
+    "runtimes": {"errors", "registry"},
     "kinds": {"errors", "model", "tensors", "registry", "maths"},
     "formats": BOTTOM | {"io", "archs", "kinds"},
     "maths": {"errors"},
     "methods": {"errors", "maths", "registry"},
     "engine": {"errors"},
-    "ops": BOTTOM | {"io", "archs", "kinds", "formats", "maths", "methods", "engine", "__version__"},
+    "ops": BOTTOM
+    | {"io", "archs", "kinds", "formats", "maths", "methods", "engine", "runtimes", "__version__"},
     "report": {"model", "errors", "ops"},
-    "cli": {"errors", "registry", "ops", "report", "formats", "methods", "archs", "__version__"},
+    "cli": {"errors", "registry", "ops", "report", "formats", "methods", "archs", "runtimes", "__version__"},
     "__init__": {"errors", "model", "ops"},
     "__main__": {"cli"},
 }

@@ -1,0 +1,74 @@
+"""What every runtime declares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+# What an adapter may use that some runtimes do not know, and what it is called in messages.
+FEATURES: Mapping[str, str] = {
+    "ranks": "ranks that differ between modules",
+    "scales": "scales that differ between modules",
+    "rslora": "a scale of alpha / sqrt(rank) (use_rslora)",
+    "dora": "DoRA's magnitudes",
+    "bias": "biases of the base's layers (bias)",
+    "lora_bias": "biases of lora_B (lora_bias)",
+    "whole": "modules saved in full (modules_to_save)",
+    "embedding": "embeddings' factors",
+    "tokens": "rows for single tokens (trainable_token_indices)",
+    "conv": "convolutions",
+    "fused_experts": "factors for all experts of a layer at once (target_parameters)",
+    "split_experts": "modules for single experts",
+    "regex_targets": "target_modules as a regular expression",
+    "mutated_base": "an initialisation that changes the base (PiSSA, OLoRA, CorDA, LoftQ)",
+    "layer_replication": "layers that are used several times (layer_replication)",
+    "alora": "activation by an invocation (aLoRA)",
+}
+
+
+class Pair(NamedTuple):
+    """Modules that have to come together, by the last name of their paths.
+
+    Attributes:
+        there: Where a layer has this one …
+        needed: … it must have this one, too.
+    """
+
+    there: str
+    needed: str
+
+
+class Runtime(NamedTuple):
+    """One program that runs adapters.
+
+    Attributes:
+        name: As in ``--for`` and ``--to``.
+        title: What people call it.
+        layouts: The layouts that it loads; the first is the one to write for it.
+        source: Where its behaviour was read: project, version, file.
+        kinds: The adapter kinds that it applies.
+        refuses: By feature (see ``FEATURES``), what it says or does when it refuses an adapter that uses it.
+        ignores: By feature, what goes wrong in silence, or nearly so. Features in neither are applied as PEFT does.
+        ranks: The values that its limit of the rank may be set to, ascending; empty where there is no limit.
+        usual_rank: Its limit unless the user sets another; 0 where there is none.
+        pairs: Modules that have to come together.
+        families: The kinds of models that it runs: "language", "speech", "vision", "image"; empty for all.
+        option: How a user raises the limit of the rank, with ``{}`` for the rank.
+    """
+
+    name: str
+    title: str
+    layouts: tuple[str, ...]
+    source: str
+    kinds: frozenset[str] = frozenset({"lora"})
+    refuses: Mapping[str, str] = {}  # noqa: RUF012 - read only
+    ignores: Mapping[str, str] = {}  # noqa: RUF012 - read only
+    ranks: tuple[int, ...] = ()
+    usual_rank: int = 0
+    pairs: tuple[Pair, ...] = ()
+    families: frozenset[str] = frozenset()
+    option: str = ""
+
+    def holds(self, feature: str) -> bool:
+        """Whether it applies what an adapter does with this feature."""
+        return feature not in self.refuses and feature not in self.ignores
