@@ -61,8 +61,8 @@ class Runtime(NamedTuple):
     layouts: tuple[str, ...]
     source: str
     kinds: frozenset[str] = frozenset({"lora"})
-    refuses: Mapping[str, str] = {}  # noqa: RUF012 - read only
-    ignores: Mapping[str, str] = {}  # noqa: RUF012 - read only
+    refuses: Mapping[str, str] = {}
+    ignores: Mapping[str, str] = {}
     ranks: tuple[int, ...] = ()
     usual_rank: int = 0
     pairs: tuple[Pair, ...] = ()
