@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 
 # The least distance of a unit column from the span of those before it. At this value xᵀx still has twelve digits.
-_LEAST_PIVOT = 1e-2
+LEAST_PIVOT = 1e-2
 # The largest deviation from orthonormal columns that is taken for rounding.
-_ORTHONORMAL = 1e-13
+ORTHONORMAL = 1e-13
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,7 +46,7 @@ def orthogonalise(factor: torch.Tensor) -> CholeskySide | None:
         return None
     lower, failed = torch.linalg.cholesky_ex(gram / (lengths[:, None] * lengths))
     # A comparison with NaN is false: factors that are not finite are left to the careful way, which says so.
-    if int(failed) or not float(lower.diagonal().min()) > _LEAST_PIVOT:
+    if int(failed) or not float(lower.diagonal().min()) > LEAST_PIVOT:
         return None
     return CholeskySide(factor, lower.T * lengths)
 
@@ -56,5 +56,5 @@ def is_orthonormal(columns: torch.Tensor) -> bool:
     deviation = columns.T @ columns
     deviation.diagonal().sub_(1.0)
     return (
-        float(deviation.abs().max()) <= _ORTHONORMAL * max(1, columns.shape[1]) if deviation.numel() else True
+        float(deviation.abs().max()) <= ORTHONORMAL * max(1, columns.shape[1]) if deviation.numel() else True
     )

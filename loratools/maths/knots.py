@@ -10,12 +10,13 @@ asked for, so that no more than one of them has to exist at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from loratools.maths.lowrank import COMPUTE, Factors, Svd, dense_svd, numerical_rank, signed
+from loratools.maths.leading import tall_svd
+from loratools.maths.lowrank import COMPUTE, Factors, numerical_rank, signed
 from loratools.maths.spectra_ops import even
 
 
@@ -29,10 +30,6 @@ class Knots(NamedTuple):
 
     basis: torch.Tensor
     parts: tuple[Factors, ...]
-
-    def components(self) -> Iterator[torch.Tensor]:
-        """Every Pᵢ, (k, in) float64, one after the other."""
-        return (part.delta() for part in self.parts)
 
 
 def knots(parts: Sequence[Factors], weights: Sequence[float]) -> Knots:
@@ -52,16 +49,10 @@ def knots(parts: Sequence[Factors], weights: Sequence[float]) -> Knots:
     scaled = [even(part, weight) for part, weight in zip(parts, weights, strict=True)]
     lengths = [torch.linalg.vector_norm(part.down, dim=1) for part in scaled]
     columns = torch.cat([part.up * length for part, length in zip(scaled, lengths, strict=True)], dim=1)
-    basis = _left_vectors(columns)
-    return Knots(basis, tuple(Factors(basis.T @ part.up, part.down) for part in scaled))
-
-
-def _left_vectors(columns: torch.Tensor) -> torch.Tensor:
-    if columns.shape[0] > columns.shape[1]:
-        outer, core = torch.linalg.qr(columns)
-        inner = dense_svd(core)
-        found = Svd(outer @ inner.u, inner.sigma, inner.vh)
-    else:
-        found = dense_svd(columns)
+    found = signed(tall_svd(columns))
     shape = (int(columns.shape[0]), int(columns.shape[1]))
-    return signed(found).u[:, : max(1, numerical_rank(found.sigma, shape, COMPUTE))]
+    basis = found.u[:, : max(1, numerical_rank(found.sigma, shape, COMPUTE))]
+    # All at once: products of a few columns each are several times slower.
+    inner = basis.T @ torch.cat([part.up for part in scaled], dim=1)
+    ups = torch.split(inner, [part.rank for part in scaled], dim=1)
+    return Knots(basis, tuple([Factors(up, part.down) for up, part in zip(ups, scaled, strict=True)]))

@@ -21,7 +21,7 @@ COMPUTE = torch.float64
 
 # Rounding in the core is a few units in the last place of the rank-one terms that were added up; what is left
 # of terms that cancel lies below this many of them.
-_CANCELLATION = 16.0
+CANCELLATION = 16.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,6 +96,9 @@ class Compressed:
     @property
     def square(self) -> float:
         """‖·‖_F² of the approximation."""
+        # Where all of sigma is rounding, the one term of the factors is zero and stands for none of it.
+        if not self.factors.up.any():
+            return 0.0
         return float(self.sigma[: self.factors.rank].square().sum())
 
 
@@ -219,7 +222,7 @@ def compress(factors: Factors, rank: int | None = None) -> Compressed:
         # Singular values that vanish, or vectors that are not orthonormal, are beyond what Gram matrices resolve.
         if whole and is_orthonormal(found.u) and is_orthonormal(found.vh.T):
             return compressed
-    return _truncate(factors, rank, *_decompose(factors), noise=_noise(factors))[0]
+    return _truncate(factors, rank, *_decompose(factors), noise=cancellation(factors))[0]
 
 
 def _truncate(
@@ -325,8 +328,8 @@ def _assemble(shape: tuple[int, int], left: _Expands, core: Svd, right: _Expands
     return signed(Svd(u, core.sigma, vh))
 
 
-def _noise(factors: Factors) -> float:
+def cancellation(factors: Factors) -> float:
     """A bound on the rounding error of the singular values that cancellation between terms leaves behind."""
     lengths = torch.linalg.vector_norm(factors.up.to(COMPUTE), dim=0)
     widths = torch.linalg.vector_norm(factors.down.to(COMPUTE), dim=1)
-    return float(lengths @ widths) * torch.finfo(COMPUTE).eps * _CANCELLATION
+    return float(lengths @ widths) * torch.finfo(COMPUTE).eps * CANCELLATION

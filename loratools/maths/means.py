@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loratools.errors import NonFiniteError
-from loratools.maths.core import inner_products
+from loratools.maths.inner import inner_products
 from loratools.maths.lowrank import COMPUTE, Factors, compress, stack
 
 Float64 = NDArray[np.float64]

@@ -19,6 +19,8 @@ from loratools.maths.lowrank import COMPUTE, Factors, compress, stack
 
 # Columns that are widened to float64 and multiplied at a time.
 _BLOCK = 512
+# Elements of matrices that are made and multiplied at a time: 32 MiB of float64.
+_ELEMENTS = 2**22
 
 
 class Space(NamedTuple):
@@ -64,10 +66,11 @@ def space_of(factors: Factors) -> Space:
 
 
 def gram(parts: Sequence[Factors], scales: Sequence[float]) -> torch.Tensor:
-    """⟨ΔWᵢ, ΔWⱼ⟩ for all pairs, with factors stacked and multiplied a block at a time.
+    """⟨ΔWᵢ, ΔWⱼ⟩ for all pairs, from the factors or, where these have so many columns that it costs less, from ΔW.
 
-    Only two blocks of about 512 columns are in float64 at once, however many matrices there are; what grows with the
-    square of their number is products of (rank, rank).
+    With R = Σ ranks, the factors' products cost R²·(out + in) operations, halved by symmetry. Those of n matrices
+    themselves cost n²·out·in, and R·out·in to make them, which is less for many adapters of high ranks. Only two blocks
+    of about 512 columns, or a few rows of every ΔW, are in float64 at once, however many matrices there are.
 
     Args:
         parts: Any number, all of one shape (out, in) on one device, in any dtype.
@@ -76,20 +79,44 @@ def gram(parts: Sequence[Factors], scales: Sequence[float]) -> torch.Tensor:
     Returns:
         (n, n) float64 on the CPU, symmetric. Where the terms of one product cancel, it is exact to half the digits.
     """
-    count = len(parts)
-    found = torch.zeros(count, count, dtype=COMPUTE, device="cpu")
+    if not parts:
+        return torch.zeros(0, 0, dtype=COMPUTE, device="cpu")
+    (height, width), ranks = parts[0].shape, sum(part.rank for part in parts)
+    whole = height * width * (len(parts) ** 2 + ranks)
+    found = _of_rows(parts) if whole < ranks**2 * (height + width) / 2 else _of_factors(parts)
+    weights = torch.tensor(list(scales), dtype=COMPUTE, device="cpu")
+    # Sums over transposed tiles are rounded in another order.
+    return (found + found.T) / 2.0 * torch.outer(weights, weights)
+
+
+def _of_factors(parts: Sequence[Factors]) -> torch.Tensor:
+    """Inner products from (rank, rank) products of the factors, which are stacked a block at a time."""
+    found = torch.zeros(len(parts), len(parts), dtype=COMPUTE, device="cpu")
     blocks = _blocks([part.rank for part in parts])
     for number, rows in enumerate(blocks):
         one = _stacked(parts, rows)
         for columns in blocks[number:]:
             other = one if columns is rows else _stacked(parts, columns)
-            products = (one.up.T @ other.up) * (one.down @ other.down.T)
+            products = (one.up.T @ other.up).mul_(one.down @ other.down.T)
             sums = _summed(products, [parts[i].rank for i in rows], [parts[i].rank for i in columns])
             found[rows.start : rows.stop, columns.start : columns.stop] = sums
             found[columns.start : columns.stop, rows.start : rows.stop] = sums.T
-    weights = torch.tensor(list(scales), dtype=COMPUTE, device="cpu")
-    # Within a block, sums over transposed tiles are rounded in another order.
-    return (found + found.T) / 2.0 * torch.outer(weights, weights)
+    return found
+
+
+def _of_rows(parts: Sequence[Factors]) -> torch.Tensor:
+    """Inner products of the matrices themselves, of which a few rows are made at a time."""
+    height, width = parts[0].shape
+    step = max(1, _ELEMENTS // (len(parts) * width))
+    found = parts[0].up.new_zeros(len(parts), len(parts), dtype=COMPUTE)
+    rows = parts[0].up.new_empty(len(parts), step, width, dtype=COMPUTE)
+    for start in range(0, height, step):
+        for own, part in zip(rows, parts, strict=True):
+            up = part.up[start : start + step].to(COMPUTE)
+            torch.matmul(up, part.down.to(COMPUTE), out=own[: len(up)])
+        flat = rows[:, : min(step, height - start)].flatten(1)
+        found += flat @ flat.T
+    return found.cpu()
 
 
 def difference(one: Factors, other: Factors, scales: tuple[float, float] = (1.0, 1.0)) -> float:
@@ -124,45 +151,43 @@ def principal_angles(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return torch.atan2(sines, cosines.clamp(min=0.0)).sort().values
 
 
-def overlap(angles: torch.Tensor) -> float | None:
-    """The mean squared cosine of principal angles: 1 where the smaller space lies in the larger, 0 if orthogonal.
+def shared_squares(bases: Sequence[torch.Tensor]) -> torch.Tensor:
+    """‖UᵢᵀUⱼ‖_F² for all pairs: the sum of the squared cosines of their principal angles, which need not be known.
+
+    Divided by the smaller number of columns, it is how much two spaces overlap: 1 where the smaller one lies in the
+    larger, 0 where they are orthogonal, and p·q / (n · min(p, q)) on average for independent uniformly random spaces of
+    p and q dimensions in n, since E‖UᵀV‖_F² = p·q/n.
+
+    Args:
+        bases: (n, pᵢ) float64 each, with orthonormal columns, none where the space is empty.
 
     Returns:
-        None where there are no angles, since one of the spaces is empty.
+        (count, count) float64 on the CPU.
     """
-    return float(angles.cos().square().mean()) if len(angles) else None
-
-
-def chance_overlap(ranks: tuple[int, int], dimension: int) -> float:
-    """The overlap to be expected of two random spaces.
-
-    For independent uniformly random spaces of p and q dimensions in n, E‖UᵀV‖_F² = p·q/n, so that the mean over the
-    smaller is max(p, q)/n.
-    """
-    return min(1.0, max(ranks) / max(1, dimension))
+    stacked = torch.cat(list(bases), dim=1)
+    widths = [basis.shape[1] for basis in bases]
+    return _summed((stacked.T @ stacked).square_(), widths, widths)
 
 
 class Signs(NamedTuple):
-    """Sums over elements of two matrices, of |aᵢⱼ·bᵢⱼ|.
+    """Sums over elements of two matrices, of |aᵢⱼ·bᵢⱼ|, for all pairs of several matrices.
 
     Attributes:
-        opposite: Over those of opposite signs.
-        total: Over all.
+        opposite: (n, n) float64 on the CPU, over those of opposite signs.
+        total: Likewise, over all.
     """
 
-    opposite: float
-    total: float
+    opposite: torch.Tensor
+    total: torch.Tensor
 
 
-def sign_sums(tiles: Sequence[torch.Tensor]) -> dict[tuple[int, int], Signs]:
+def sign_sums(tiles: Sequence[torch.Tensor]) -> Signs:
     """The sums for every pair of matrices, from the same rows of each, (rows, in) float64."""
-    found: dict[tuple[int, int], Signs] = {}
-    for second, tile in enumerate(tiles):
-        for first, other in enumerate(tiles[:second]):
-            products = other * tile
-            plain, total = float(products.sum()), float(products.abs().sum())
-            found[first, second] = Signs(max(0.0, (total - plain) / 2.0), total)
-    return found
+    flat = torch.stack([tile.flatten() for tile in tiles])
+    plain = flat @ flat.T
+    flat.abs_()
+    total = flat @ flat.T
+    return Signs(((total - plain) / 2.0).clamp_(min=0.0).cpu(), total.cpu())
 
 
 def sampled_rows(name: str, rows: int, count: int) -> torch.Tensor:
@@ -195,8 +220,15 @@ def _blocks(ranks: Sequence[int]) -> list[range]:
 
 
 def _stacked(parts: Sequence[Factors], indices: range) -> Factors:
-    up = torch.cat([parts[index].up.to(COMPUTE) for index in indices], dim=1)
-    return Factors(up, torch.cat([parts[index].down.to(COMPUTE) for index in indices]))
+    (height, width), ranks = parts[0].shape, [parts[index].rank for index in indices]
+    up = parts[0].up.new_empty(height, sum(ranks), dtype=COMPUTE)
+    down = parts[0].down.new_empty(sum(ranks), width, dtype=COMPUTE)
+    # Widened in their places: a list of wide copies would take as much again.
+    places = zip(torch.split(up, ranks, dim=1), torch.split(down, ranks), strict=True)
+    for index, (left, right) in zip(indices, places, strict=True):
+        left.copy_(parts[index].up)
+        right.copy_(parts[index].down)
+    return Factors(up, down)
 
 
 def _summed(products: torch.Tensor, heights: Sequence[int], widths: Sequence[int]) -> torch.Tensor:

@@ -9,7 +9,9 @@ The soft form is the minimum of ‖X − ΔW‖² + μ·‖X·V‖² over X, whi
 Chen, Zhou, Zhang, Huang: "NP-LoRA: null space projection unifies subject and style in LoRA fusion", arXiv 2511.11051.
 
 Differences from the paper:
-- Directions are counted by energy, so that one setting fits modules of any rank.
+- Directions are counted by energy, so that one setting fits modules of any rank. The paper's k is the rank of the
+  protected adapter: all that it has, which is what an energy of 1 means.
+- c is 1 unless the caller says otherwise. The paper's own choice is the soft form with μ = 0.5, c = 1/3.
 - Several matrices may be protected at once: V then spans the leading directions of all of them. Projections one after
   the other would not do, since the second brings back some of what the first has removed.
 

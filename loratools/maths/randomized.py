@@ -22,15 +22,14 @@ from dataclasses import dataclass
 import torch
 
 from loratools.errors import NonFiniteError
+from loratools.maths.leading import leading_svd
 from loratools.maths.lowrank import (
     COMPUTE,
     Compressed,
     Svd,
     balanced,
     check_rank,
-    dense_svd,
     numerical_rank,
-    retained,
     signed,
 )
 from loratools.maths.tiles import Sweep
@@ -38,6 +37,8 @@ from loratools.maths.tiles import Sweep
 OVERSAMPLING = 10
 MAX_ITERATIONS = 12
 _ENOUGH = 0.01
+# Of rank + oversampling: up to this smaller side, a basis of two or three blocks is as large as half the matrix.
+_HELD = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,8 +95,8 @@ def compress_operator(
 ) -> Compressed:
     """Factors of rank at most ``rank`` of a matrix given by rows, without holding it.
 
-    Where the smaller side is at most twice rank + 10, the matrix is no larger than the basis would become: it
-    is then held and decomposed exactly.
+    Where the smaller side is at most four times rank + 10, the matrix is hardly larger than the basis would become:
+    it is then held and decomposed exactly.
 
     Args:
         sweep: The matrix by rows, float64.
@@ -109,15 +110,14 @@ def compress_operator(
         OptionError: The rank is below 1.
     """
     check_rank(rank)
-    if min(shape) <= 2 * (rank + OVERSAMPLING):
-        found = dense_svd(torch.cat([tile for _, tile in sweep()]))
-        energy = retained(found.sigma, rank)
+    if min(shape) <= _HELD * (rank + OVERSAMPLING):
+        whole = torch.cat([tile for _, tile in sweep()])
+        found, square = leading_svd(whole, rank), float(torch.linalg.vector_norm(whole)) ** 2
     else:
         subspace = randomized_range(sweep, shape, rank, seed=seed, max_iterations=max_iterations)
-        within = dense_svd(torch.cat([tile @ subspace.basis for _, tile in sweep()]))
-        found = Svd(within.u, within.sigma, within.vh @ subspace.basis.T)
-        captured = float(found.sigma[:rank].square().sum())
-        energy = min(1.0, captured / subspace.energy) if subspace.energy else 1.0
+        within = leading_svd(torch.cat([tile @ subspace.basis for _, tile in sweep()]), rank)
+        found, square = Svd(within.u, within.sigma, within.vh @ subspace.basis.T), subspace.energy
+    energy = min(1.0, float(found.sigma.square().sum()) / square) if square else 1.0
     kept = min(rank, numerical_rank(found.sigma, shape, COMPUTE))
     part = signed(Svd(found.u[:, :kept], found.sigma[:kept], found.vh[:kept]))
     return Compressed(balanced(part), energy, found.sigma)

@@ -94,7 +94,7 @@ def needed(rule: Rule, sigma: Float64, energy: float, full: int) -> int | None:
     elif rule.kind == "ratio":
         found = _above(rule.value, sigma)
     else:
-        found = _enough(rule, sigma, energy)
+        found = _enough(rule, sigma, energy, full)
     if found is None:
         found = limit if known >= limit else None
     if found is None:
@@ -186,13 +186,21 @@ def _above(value: float, sigma: Float64) -> int | None:
     return count if count < sigma.size else None
 
 
-def _enough(rule: Rule, sigma: Float64, energy: float) -> int | None:
+def _enough(rule: Rule, sigma: Float64, energy: float, full: int) -> int | None:
     """The fewest σ that hold the energy asked for; None where those known do not."""
     if energy == 0.0:
         return 0
-    share = rule.value if rule.kind == "energy" else 1.0 - rule.value**2
-    kept = np.cumsum(np.square(sigma))
-    reached = np.flatnonzero(kept >= energy * (share - _ROUNDING))
+    squares = np.square(sigma)
+    if rule.kind == "error" and sigma.size >= full:
+        # Added up from the smallest: as energy minus what is kept, nothing below 1e-16 of it could be told apart, and
+        # that is an error of 1e-8.
+        beyond = energy - float(squares.sum())
+        lost = np.append(np.cumsum(squares[:0:-1])[::-1], 0.0) + (beyond > _ROUNDING * energy) * beyond
+        enough = lost <= energy * rule.value**2 * (1.0 + _ROUNDING)
+    else:
+        share = rule.value if rule.kind == "energy" else 1.0 - rule.value**2
+        enough = np.cumsum(squares) >= energy * (share - _ROUNDING)
+    reached = np.flatnonzero(enough)
     return int(reached[0]) + 1 if reached.size else None
 
 

@@ -3,10 +3,11 @@
 Elements are ordered by descending magnitude, equal ones in row-major order; a :class:`Cut` keeps a beginning of that
 order, a :class:`Band` a stretch of it.
 
-The k-th largest magnitude is found by refining digits: the bit pattern of a non-negative float grows with its
-value, so a histogram of the leading bits over one sweep tells in which bin it lies, and the next sweep looks
-only into that bin. As soon as a bin holds few enough elements they are collected and sorted. Usually that is
-the second sweep; no sweep holds more than one tile and that collection.
+The k-th largest magnitude is found between two values that a sample suggests (``_bracket``): a sweep for the sample
+and one that counts and collects. Where that fails, as it does where very many elements are equal, it is found by
+refining digits: the bit pattern of a non-negative float grows with its value, so a histogram of the leading bits over
+one sweep tells in which bin it lies, and the next sweep looks only into that bin. As soon as a bin holds few enough
+elements they are collected and sorted. No sweep holds more than one tile and that collection.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from dataclasses import dataclass
 
 import torch
 
-from loratools.errors import NonFiniteError, OptionError
+from loratools.errors import OptionError
+from loratools.maths._bracket import bracketed
 from loratools.maths.tiles import Sweep
 
 _DIGIT = 16
-_COLLECT = 1 << 18
+_COLLECT = 1 << 20
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
@@ -32,10 +34,12 @@ class Cut:
     Attributes:
         magnitude: The smallest magnitude kept.
         last: The row-major index of the last element kept among those equal to ``magnitude``.
+        alone: Whether no element equal to ``magnitude`` is known to follow that one, so that none need be looked for.
     """
 
     magnitude: float
     last: int
+    alone: bool = False
 
     def kept(self, start: int, tile: torch.Tensor) -> torch.Tensor:
         """Which elements of the tile that begins at row ``start`` are kept, as a mask of its shape."""
@@ -48,6 +52,20 @@ class Cut:
         if first + tile.numel() > self.last + 1:
             equal.view(-1)[self.last + 1 - first :] = False
         return above | equal
+
+    def trimmed(self, start: int, tile: torch.Tensor) -> torch.Tensor:
+        """The tile that begins at row ``start`` with zeros in place of what is not kept."""
+        if not self.magnitude:
+            return tile
+        # One pass, where a mask and a choice by it are four.
+        below = torch.tensor(self.magnitude, dtype=tile.dtype, device="cpu")
+        below = torch.nextafter(below, torch.zeros_like(below))
+        found = torch.nn.functional.hardshrink(tile.contiguous(), float(below))
+        first = start * tile.shape[1]
+        if not self.alone and first + tile.numel() > self.last + 1:
+            rest = found.view(-1)[max(0, self.last + 1 - first) :]
+            rest[rest.abs() == self.magnitude] = 0.0
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +84,11 @@ class Band:
         """Which elements of the tile that begins at row ``start`` are kept, as a mask of its shape."""
         reached = self.reach.kept(start, tile)
         return reached if self.largest is None else reached & ~self.largest.kept(start, tile)
+
+    def trimmed(self, start: int, tile: torch.Tensor) -> torch.Tensor:
+        """The tile that begins at row ``start`` with zeros in place of what is not kept."""
+        reached = self.reach.trimmed(start, tile)
+        return reached if self.largest is None else reached - self.largest.trimmed(start, tile)
 
 
 def kept_count(density: float, numel: int) -> int:
@@ -143,32 +166,23 @@ def _cut(sweep: Sweep, numel: int, count: int) -> Cut:
     """The cut that keeps ``count`` elements, at least one."""
     if count == numel:
         return Cut(0.0, numel - 1)
+    found = bracketed(sweep, numel, count, _COLLECT)
+    return _by_digits(sweep, count) if found is None else Cut(*found)
+
+
+def _by_digits(sweep: Sweep, count: int) -> Cut:
+    """The cut that keeps ``count`` elements of a finite matrix, whatever its values."""
     dtype = next(iter(sweep()))[1].dtype
     bin_, needed, shift = 0, count, torch.finfo(dtype).bits - 1
     while shift > 0:
         step = min(_DIGIT, shift)
         shift -= step
         histogram = _histogram(sweep, bin_, shift, step)
-        if not bin_:
-            _check_finite(histogram, shift, dtype)
         digit, above = _digit_of(histogram, needed)
         bin_, needed = (bin_ << step) | digit, needed - above
         if int(histogram[digit]) <= _COLLECT:
             return _from_collection(sweep, bin_, shift, needed)
     return _nth_equal(sweep, bin_, needed)
-
-
-def _check_finite(histogram: torch.Tensor, shift: int, dtype: torch.dtype) -> None:
-    """Inf and NaN have the largest bit patterns, which the histogram of leading bits shows.
-
-    Raises:
-        NonFiniteError: There are some.
-    """
-    infinity = int(torch.tensor(torch.inf, dtype=dtype, device="cpu").view(_INTEGERS[dtype])) >> shift
-    if histogram.numel() > infinity and bool(histogram[infinity:].any()):
-        raise NonFiniteError(
-            "a matrix to be trimmed holds NaN or Inf", expected="Finite factors were expected"
-        )
 
 
 def _patterns(sweep: Sweep) -> Iterator[tuple[int, torch.Tensor]]:

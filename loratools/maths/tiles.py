@@ -20,11 +20,14 @@ Tile = tuple[int, torch.Tensor]
 Sweep = Callable[[], Iterator[Tile]]
 """Goes through all rows once, in order; every call gives the same values."""
 
-_TILE_ELEMENTS = 1 << 18
+# What element by element work holds at a time, a tile and a few sums of its shape, stays in a processor's own cache.
+_TILE_ELEMENTS = 1 << 15
+# Products with a few hundred vectors want more rows at a time.
+_GROUP_ELEMENTS = 1 << 18
 
 
 def tile_height(shape: tuple[int, int]) -> int:
-    """Rows per tile of a matrix of this shape: about 2 MiB of float64, at least one row."""
+    """Rows per tile of a matrix of this shape: about 256 KiB of float64, at least one row."""
     return max(1, _TILE_ELEMENTS // max(1, shape[1]))
 
 
@@ -38,6 +41,25 @@ def product(factors: Factors) -> Sweep:
             yield start, up[start : start + height] @ down
 
     return sweep
+
+
+def grouped(sweep: Sweep) -> Sweep:
+    """The same rows in tiles of about 2 MiB of float64, each of whole tiles of the sweep's own."""
+
+    def sweep_groups() -> Iterator[Tile]:
+        rows: list[torch.Tensor] = []
+        begun = count = 0
+        for start, tile in sweep():
+            begun = begun if rows else start
+            rows.append(tile)
+            count += tile.numel()
+            if count >= _GROUP_ELEMENTS:
+                yield begun, torch.cat(rows)
+                rows, count = [], 0
+        if rows:
+            yield begun, torch.cat(rows)
+
+    return sweep_groups
 
 
 def held(sweep: Sweep, shape: tuple[int, int], limit: int) -> Sweep:

@@ -51,7 +51,10 @@ def upright(units: torch.Tensor) -> torch.Tensor:
 
 
 def joined(units: torch.Tensor, members: torch.Tensor, out: int, signs: torch.Tensor) -> torch.Tensor:
-    """One unit for each group: its mean, as long as its members are on average.
+    """One unit for each group: its mean, as large as its members are on average.
+
+    The mean of units that point apart is smaller than they are. How large a unit is, its largest entry says: ‖x‖_∞, the
+    norm of LoRA-LEGO's parameter reweighting.
 
     Args:
         units: (R, out + in) float64.
@@ -60,16 +63,15 @@ def joined(units: torch.Tensor, members: torch.Tensor, out: int, signs: torch.Te
         signs: (R,) ±1, whether a unit's product counts positively or negatively.
 
     Returns:
-        (k, out + in): c scaled so that ‖c‖ is the mean of the members' lengths. Its left half is multiplied by
+        (k, out + in): c scaled so that ‖c‖_∞ is the mean of the members' ‖x‖_∞. Its left half is multiplied by
         Σ ±‖x‖² / Σ ‖x‖² over the members, which is 1 where all count positively and 0 where they cancel.
     """
     sizes = members.abs().sum(dim=0)
-    lengths = torch.linalg.vector_norm(units, dim=1)
     centres = members.T @ units / sizes[:, None]
-    target = members.abs().T @ lengths / sizes
-    norms = torch.linalg.vector_norm(centres, dim=1)
-    centres = centres * torch.where(norms > 0, target / norms, 0.0)[:, None]
-    squares = members.abs() * lengths.square()[:, None]
+    target = members.abs().T @ units.abs().amax(dim=1) / sizes
+    largest = centres.abs().amax(dim=1)
+    centres = centres * torch.where(largest > 0, target / largest, 0.0)[:, None]
+    squares = members.abs() * units.square().sum(dim=1)[:, None]
     share = (squares * signs[:, None]).sum(dim=0) / squares.sum(dim=0).clamp(min=torch.finfo(COMPUTE).tiny)
     return torch.cat([centres[:, :out] * share[:, None], centres[:, out:]], dim=1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -21,15 +22,24 @@ def methods() -> Mapping[str, Method]:
     return scan("loratools.methods", "METHOD")
 
 
-def get(name: str) -> Method:
+def get(name: str, *, path: str | None = None) -> Method:
     """The merge method of a name.
+
+    Args:
+        name: As the user spells it.
+        path: Of the file that names it, which the message then names too.
 
     Raises:
         OptionError: There is none.
     """
     known = methods()
     if name not in known:
-        raise OptionError(f"there is no merge method {name!r}", candidates=known)
+        raise OptionError(
+            f"there is no merge method {name!r}",
+            path=path,
+            candidates=difflib.get_close_matches(name, known),
+            expected=f"Known are {', '.join(known)}",
+        )
     return known[name]
 
 

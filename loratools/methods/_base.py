@@ -66,7 +66,7 @@ class Options:
     beta: float = 0.95
     width: float = 0.0
     key: str = ""
-    max_tile_bytes: int = 64 << 20
+    max_tile_bytes: int = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +114,11 @@ class Option:
             OptionError: It is.
         """
         if not self.check(value):
+            usual = "" if self.default is None else f" for {self.default}"
             raise OptionError(
                 f"{self.name} is {value!r}",
                 expected=f"A valid {self.name} is {self.valid}",
-                todo=f"Pass another {self.name}, or leave it out for {self.default}",
+                todo=f"Pass another {self.name}, or leave it out{usual}",
             )
 
 
@@ -136,6 +137,8 @@ class Method:
             "homogeneous" (all weights multiplied by one positive number multiply the result), "sum" (it is the
             weighted sum at density 1).
         most: How many adapters it can take, a count; None for any number.
+        batched: The same arithmetic for several weights at once, whose j-th parts have factors of one shape and rank;
+            None where it has to be one weight after the other.
     """
 
     name: str
@@ -145,6 +148,7 @@ class Method:
     rule: Callable[[Sequence[Part], Options], Outcome]
     laws: tuple[str, ...] = ()
     most: int | None = None
+    batched: Callable[[Sequence[Sequence[Part]], Options], list[Outcome]] | None = None
 
     def check(self, options: Options) -> None:
         """Refuse values that this method cannot use.
@@ -184,6 +188,23 @@ class Method:
             up, down = parts[0].factors.up, parts[0].factors.down
             return Outcome(Factors(up.new_zeros(up.shape[0], 1), down.new_zeros(1, down.shape[1])))
         return self.rule(present, options)
+
+    def combine_batch(self, batch: Sequence[Sequence[Part]], options: Options) -> list[Outcome]:
+        """Merge several weights whose j-th parts have factors of one shape and rank: all at once where it can.
+
+        Args:
+            batch: The parts of every weight, at least one, none of weight 0.
+            options: As for ``combine``.
+
+        Raises:
+            LoraError: As ``combine``, for any of them.
+        """
+        if self.batched is None:
+            return [self.combine(parts, options) for parts in batch]
+        self.check(options)
+        for parts in batch:
+            _check_parts(parts)
+        return self.batched(batch, options)
 
 
 def _check_parts(parts: Sequence[Part]) -> None:

@@ -17,15 +17,18 @@ import torch
 from loratools.errors import NonFiniteError
 from loratools.maths.draws import key_of
 from loratools.maths.elect import MAJORITIES, elected_mean
-from loratools.maths.lowrank import COMPUTE
+from loratools.maths.lowrank import COMPUTE, Factors
 from loratools.maths.randomized import compress_operator
-from loratools.maths.sparsify import Band, Cut, band_cut, magnitude_cut
+from loratools.maths.sparsify import band_cut, magnitude_cut
 from loratools.maths.thinning import thinned, thinned_by_rank
-from loratools.maths.tiles import Sweep, Tile, held, product, tile_height
+from loratools.maths.tiles import Sweep, Tile, grouped, held, product, tile_height
 from loratools.methods._base import DENSITY, SEED, Option, Options, Outcome, Part
 
 Thin = Callable[[int, torch.Tensor], torch.Tensor]
 """From the index of a tile's first row and the tile of ΔW, (height, in) float64, what is left of it."""
+
+Thinner = Callable[[Part, Options], Thin]
+"""Finds what a part's tiles are thinned by."""
 
 Join = Callable[[Iterator[torch.Tensor]], torch.Tensor]
 """From the tiles of all parts, one after the other, a tile of the result; it takes every one of them."""
@@ -58,9 +61,7 @@ MAJORITY = Option(
 )
 
 
-def merged(
-    parts: Sequence[Part], options: Options, thin: Callable[[Part, Options], Thin], join: Join
-) -> Outcome:
+def merged(parts: Sequence[Part], options: Options, thin: Thinner, join: Join) -> Outcome:
     """The result of a method that thins each change by itself and then joins them element by element.
 
     Args:
@@ -73,13 +74,34 @@ def merged(
         NonFiniteError: A factor holds NaN or Inf.
     """
     check_finite(parts)
+    return compressed(_joined(parts, options, thin, join), parts, options)
+
+
+def merged_whole(
+    parts: Sequence[Factors], like: Sequence[Part], options: Options, thin: Thinner, join: Join
+) -> torch.Tensor:
+    """The same for products in a small common space, which hold the weights already, as one matrix (rows, columns).
+
+    Args:
+        parts: At least one, all of one shape.
+        like: What each of them was made of.
+        options: Checked.
+        thin: As in :func:`merged`.
+        join: As in :func:`merged`.
+    """
+    small = [Part(part, source=origin.source) for part, origin in zip(parts, like, strict=True)]
+    return torch.cat([tile for _, tile in _joined(small, options, thin, join)()])
+
+
+def _joined(parts: Sequence[Part], options: Options, thin: Thinner, join: Join) -> Sweep:
+    """The rows of the result."""
     rows = weighted(parts, [thin(part, options) for part in parts])
 
     def sweep() -> Iterator[Tile]:
         for start, pieces in rows():
             yield start, options.lam * join(pieces)
 
-    return compressed(sweep, parts, options)
+    return sweep
 
 
 def weighted(
@@ -104,14 +126,15 @@ def _pieces(
     start: int, streams: Sequence[Iterator[Tile]], thins: Sequence[Thin], parts: Sequence[Part]
 ) -> Iterator[torch.Tensor]:
     for stream, thin, part in zip(streams, thins, parts, strict=True):
-        yield thin(start, next(stream)[1]) * part.multiplier
+        tile = thin(start, next(stream)[1])
+        yield tile if part.multiplier == 1.0 else tile * part.multiplier
 
 
 def compressed(sweep: Sweep, parts: Sequence[Part], options: Options) -> Outcome:
     """A merged matrix as factors of the rank asked for, by default the sum of the parts' ranks."""
     rank = options.rank or sum(part.factors.rank for part in parts)
     shape = parts[0].factors.shape
-    kept = held(sweep, shape, options.max_tile_bytes)
+    kept = held(grouped(sweep), shape, options.max_tile_bytes)
     found = compress_operator(kept, shape, rank, seed=options.seed)
     return Outcome(found.factors, found.energy, found.square)
 
@@ -144,12 +167,12 @@ def elected(options: Options) -> Join:
 
 def trimmed(part: Part, options: Options) -> Thin:
     """Keeps the share ``density`` of ΔW's elements, the largest by magnitude, exactly."""
-    return _masked(magnitude_cut(_whole(part, options), _numel(part), options.density))
+    return magnitude_cut(_whole(part, options), _numel(part), options.density).trimmed
 
 
 def banded(part: Part, options: Options) -> Thin:
     """Keeps the share ``density`` of ΔW's elements, the largest but for the share ``gamma`` of the very largest."""
-    return _masked(band_cut(_whole(part, options), _numel(part), options.density, options.gamma))
+    return band_cut(_whole(part, options), _numel(part), options.density, options.gamma).trimmed
 
 
 def dropped(part: Part, options: Options) -> Thin:
@@ -162,10 +185,6 @@ def sampled(part: Part, options: Options) -> Thin:
     """Keeps each element with a probability by its rank in its row, and divides it by that."""
     key = key_of(options.seed, options.key, part.source)
     return lambda start, tile: thinned_by_rank(start, tile, options.density, options.epsilon, key)
-
-
-def _masked(cut: Cut | Band) -> Thin:
-    return lambda start, tile: torch.where(cut.kept(start, tile), tile, 0.0)
 
 
 def _whole(part: Part, options: Options) -> Sweep:

@@ -22,7 +22,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from loratools.maths.lowrank import Factors, compress, stack
+from loratools.maths.leading import leading_svd
+from loratools.maths.lowrank import Factors, balanced, compress, stack
 from loratools.maths.spectra_ops import Reduced, core_size, full_size_note, reduced
 from loratools.methods._base import LAMBDA, RANK, Method, Options, Outcome, Part
 
@@ -43,12 +44,9 @@ def _combine(parts: Sequence[Part], options: Options) -> Outcome:
 
 def _merged(space: Reduced, kept: int, lam: float) -> Factors:
     count = len(space.parts)
-    even = [1.0 / count] * count
-    mean = stack(space.parts, even)
-    differences = []
-    for place in range(count):
-        weights = [(1.0 if other == place else 0.0) - 1.0 / count for other in range(count)]
-        differences.append(compress(stack(space.parts, weights), kept).factors)
+    mean = stack(space.parts, [1.0 / count] * count)
+    centre = mean.delta()
+    differences = [balanced(leading_svd(part.delta() - centre, kept)) for part in space.parts]
     return stack([mean, *differences], [1.0, *[lam] * count])
 
 

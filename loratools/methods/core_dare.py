@@ -14,7 +14,7 @@ Differences from the reference implementation:
 - The weights multiply the changes before anything else, so they take part in the bases.
 - Directions beyond the numerical rank are not part of the space.
 
-Cores are (p, q) with p ≤ min(out, Σ rankᵢ), q ≤ min(in, Σ rankᵢ), made one at a time; the result's rank is at most
+Cores are (p, q) with p ≤ min(out, Σ rankᵢ), q ≤ min(in, Σ rankᵢ), made by row tiles; the result's rank is at most
 min(p, q), so nothing is approximated without ``rank``. Where Σ rankᵢ reaches min(out, in) a core is as large as ΔW
 on that side, and no larger.
 """
@@ -26,21 +26,18 @@ from dataclasses import replace
 
 import torch
 
-from loratools.maths.disjoint import thinned
-from loratools.maths.draws import key_of
-from loratools.maths.lowrank import COMPUTE, Factors, compress
+from loratools.maths.lowrank import Factors, compress
 from loratools.maths.spectra_ops import full_size_note, reduced_aligned
 from loratools.methods._base import DENSITY, LAMBDA, RANK, SEED, Method, Options, Outcome, Part
+from loratools.methods._elementwise import dropped, merged_whole, total
 
 
 def _combine(parts: Sequence[Part], options: Options) -> Outcome:
     factors = [part.factors for part in parts]
     space = reduced_aligned(factors, [part.multiplier for part in parts])
-    total = torch.zeros(space.shape, dtype=COMPUTE, device=factors[0].up.device)
-    for part, small in zip(parts, space.parts, strict=True):
-        total += thinned(small.delta(), options.density, key_of(options.seed, options.key, part.source))
-    identity = torch.eye(total.shape[1], dtype=total.dtype, device=total.device)
-    compressed = compress(Factors(options.lam * total, identity), options.rank)
+    merged = merged_whole(space.parts, parts, options, dropped, total)
+    identity = torch.eye(merged.shape[1], dtype=merged.dtype, device=merged.device)
+    compressed = compress(Factors(merged, identity), options.rank)
     expanded = space.expanded(compressed.factors)
     return Outcome(expanded, compressed.energy, compressed.square, full_size_note(factors))
 

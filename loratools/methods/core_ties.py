@@ -16,7 +16,7 @@ Differences from the reference implementation:
 - Where Σ M̂ᵢ is 0 up to rounding no sign is elected; there the majority sign of the module is taken.
 - Exactly density · numel elements (rounded half up, at least one) are kept, ties broken by position.
 
-Cores are (p, q) with p ≤ min(out, Σ rankᵢ), q ≤ min(in, Σ rankᵢ), made one at a time; the result's rank is at most
+Cores are (p, q) with p ≤ min(out, Σ rankᵢ), q ≤ min(in, Σ rankᵢ), made by row tiles; the result's rank is at most
 min(p, q), so nothing is approximated without ``rank``. Where Σ rankᵢ reaches min(out, in) a core is as large as ΔW
 on that side, and no larger.
 """
@@ -27,16 +27,17 @@ from collections.abc import Sequence
 
 import torch
 
-from loratools.maths.disjoint import elected_mean
+from loratools.maths.elect import elected_mean
 from loratools.maths.lowrank import Factors, compress
 from loratools.maths.spectra_ops import full_size_note, reduced_aligned
 from loratools.methods._base import DENSITY, LAMBDA, RANK, Method, Options, Outcome, Part
+from loratools.methods._elementwise import merged_whole, trimmed
 
 
 def _combine(parts: Sequence[Part], options: Options) -> Outcome:
     factors = [part.factors for part in parts]
     space = reduced_aligned(factors, [part.multiplier for part in parts])
-    merged = options.lam * elected_mean((small.delta() for small in space.parts), options.density)
+    merged = merged_whole(space.parts, parts, options, trimmed, elected_mean)
     identity = torch.eye(merged.shape[1], dtype=merged.dtype, device=merged.device)
     compressed = compress(Factors(merged, identity), options.rank)
     expanded = space.expanded(compressed.factors)

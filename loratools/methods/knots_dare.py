@@ -15,7 +15,7 @@ Differences from the reference implementation:
 - Singular values above rounding count, σ > σ₁ · max(shape) · eps; there those above 1e-5, whatever the scale.
 
 The basis has k ≤ min(out, Σ rankᵢ) vectors, so the result's rank is at most k and nothing is approximated without
-``rank``. Components are (k, in) and made one at a time: memory is that of a few of them whatever the number of
+``rank``. Components are (k, in) and made by row tiles: memory is that of a few of them whatever the number of
 adapters. Where Σ rankᵢ reaches min(out, in) they are as large as ΔW, and no larger.
 """
 
@@ -24,23 +24,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
-from loratools.maths.disjoint import thinned
-from loratools.maths.draws import key_of
 from loratools.maths.knots import knots
 from loratools.maths.lowrank import Factors, compress
 from loratools.maths.spectra_ops import full_size_note
 from loratools.methods._base import DENSITY, LAMBDA, RANK, SEED, Method, Options, Outcome, Part
+from loratools.methods._elementwise import dropped, merged_whole, total
 
 
 def _combine(parts: Sequence[Part], options: Options) -> Outcome:
     factors = [part.factors for part in parts]
     tied = knots(factors, [part.multiplier for part in parts])
-    total = torch.zeros(tied.parts[0].shape, dtype=tied.basis.dtype, device=tied.basis.device)
-    for part, component in zip(parts, tied.components(), strict=True):
-        total += thinned(component, options.density, key_of(options.seed, options.key, part.source))
-    compressed = compress(Factors(tied.basis, options.lam * total), options.rank)
+    merged = merged_whole(tied.parts, parts, options, dropped, total)
+    compressed = compress(Factors(tied.basis, merged), options.rank)
     return Outcome(compressed.factors, compressed.energy, compressed.square, full_size_note(factors))
 
 

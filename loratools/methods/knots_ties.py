@@ -15,7 +15,7 @@ Differences from the reference implementation:
 - Exactly density · numel elements (rounded half up, at least one) are kept, ties broken by position.
 
 The basis has k ≤ min(out, Σ rankᵢ) vectors, so the result's rank is at most k and nothing is approximated without
-``rank``. Components are (k, in) and made one at a time: memory is that of a few of them whatever the number of
+``rank``. Components are (k, in) and made by row tiles: memory is that of a few of them whatever the number of
 adapters, time (out + in)·(Σ rankᵢ)² + k·in·Σ rankᵢ. Where Σ rankᵢ reaches min(out, in) they are as large as ΔW, and
 no larger.
 """
@@ -24,17 +24,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loratools.maths.disjoint import elected_mean
+from loratools.maths.elect import elected_mean
 from loratools.maths.knots import knots
 from loratools.maths.lowrank import Factors, compress
 from loratools.maths.spectra_ops import full_size_note
 from loratools.methods._base import DENSITY, LAMBDA, RANK, Method, Options, Outcome, Part
+from loratools.methods._elementwise import merged_whole, trimmed
 
 
 def _combine(parts: Sequence[Part], options: Options) -> Outcome:
     factors = [part.factors for part in parts]
     tied = knots(factors, [part.multiplier for part in parts])
-    merged = options.lam * elected_mean(tied.components(), options.density)
+    merged = merged_whole(tied.parts, parts, options, trimmed, elected_mean)
     compressed = compress(Factors(tied.basis, merged), options.rank)
     return Outcome(compressed.factors, compressed.energy, compressed.square, full_size_note(factors))
 

@@ -1,14 +1,17 @@
 """Take the changes apart into rank-one units, group similar ones, and build the result from one unit per group.
 
     ΔWᵢ = Σⱼ σⱼ·uⱼ·vⱼᵀ;  units xⱼ = [√(|wᵢ|·σⱼ)·uⱼ; √(|wᵢ|·σⱼ)·vⱼ];  k groups by k-means
-    c = mean of a group's units, scaled to the mean of their lengths, = [b; a];  ΔW = λ·√(r / k)·Σ b·aᵀ
+    c = mean of a group's units, scaled so that ‖c‖_∞ is the mean of their ‖x‖_∞, = [b; a];  ΔW = λ·√(r / k)·Σ b·aᵀ
 
 Zhao and others: "Merging LoRAs like playing LEGO: pushing the modularity of LoRA to extremes through rank-wise
-clustering", arXiv 2409.16167. k is ``rank``, or the largest rank of the adapters; r is the mean of their ranks.
+clustering", arXiv 2409.16167. k is ``rank``, or the largest rank of the adapters. The two scales are the paper's dual
+reweighting: of parameters, since a mean is smaller than what it is the mean of, and of the output, since k units vary
+more than r do.
 
 Differences from the paper:
 - Units are singular directions. The paper's are the columns of up with the rows of down as they were trained, which
   depend on the training's path: up·G and G⁻¹·down are the same change in other units.
+- r is the mean of the adapters' ranks; the paper's is the one rank that all of its have.
 - A unit and its negative (−u, −v) are the same product, so groups are formed up to that sign. Between orthogonal
   units, as those of one adapter are, nothing chooses it: there the largest entry of each is positive.
 - The paper has no weights. Here |wᵢ| scales the units, and a group's product is multiplied by Σ ±‖x‖² / Σ ‖x‖² over

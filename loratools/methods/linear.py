@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from loratools.maths.lowrank import COMPUTE, Factors, compress, stack
 from loratools.methods._base import RANK, Method, Options, Outcome, Part
+from loratools.methods._sums import sums
 
 
 def _combine(parts: Sequence[Part], options: Options) -> Outcome:
@@ -23,6 +24,12 @@ def _combine(parts: Sequence[Part], options: Options) -> Outcome:
     stacked = stack([part.factors for part in parts], [part.multiplier for part in parts])
     compressed = compress(stacked, options.rank)
     return Outcome(compressed.factors, compressed.energy, compressed.square)
+
+
+def _batched(batch: Sequence[Sequence[Part]], options: Options) -> list[Outcome]:
+    if len(batch[0]) == 1 and options.rank is None:
+        return [_combine(parts, options) for parts in batch]
+    return sums(batch, options.rank)
 
 
 def _weighted(part: Part) -> Factors:
@@ -39,5 +46,6 @@ METHOD = Method(
     lossless=True,
     options=(RANK,),
     rule=_combine,
+    batched=_batched,
     laws=("identity", "order-free", "linear", "homogeneous", "sum"),
 )

@@ -68,8 +68,9 @@ def _selected(rows: _Rows, shape: tuple[int, int], options: Options) -> _Rows:
 
     def sweep() -> Iterator[tuple[int, list[torch.Tensor]]]:
         for start, pieces in rows():
-            kept = chosen.kept(start, _spread(pieces))
-            yield start, [torch.where(kept, piece, 0.0) for piece in pieces]
+            # As numbers: a product is several times quicker than a choice by a mask.
+            kept = chosen.kept(start, _spread(pieces)).to(pieces[0].dtype)
+            yield start, [piece * kept for piece in pieces]
 
     return sweep
 

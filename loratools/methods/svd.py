@@ -20,14 +20,24 @@ from dataclasses import replace
 
 from loratools.maths.means import weighted_sum
 from loratools.methods._base import RANK, Method, Options, Outcome, Part
+from loratools.methods._sums import sums
 
 
 def _combine(parts: Sequence[Part], options: Options) -> Outcome:
-    rank = options.rank or max(part.factors.rank for part in parts)
-    # One part has no higher rank than its own: it needs no decomposition.
-    whole = len(parts) == 1 and rank >= parts[0].factors.rank
+    rank, whole = _rank(parts, options)
     factors = [part.factors for part in parts]
     return Outcome(*weighted_sum(factors, [part.multiplier for part in parts], None if whole else rank))
+
+
+def _batched(batch: Sequence[Sequence[Part]], options: Options) -> list[Outcome]:
+    rank, whole = _rank(batch[0], options)
+    return [_combine(parts, options) for parts in batch] if whole else sums(batch, rank)
+
+
+def _rank(parts: Sequence[Part], options: Options) -> tuple[int, bool]:
+    """The rank of the result, and whether it is the whole of a single part, which needs no decomposition."""
+    rank = options.rank or max(part.factors.rank for part in parts)
+    return rank, len(parts) == 1 and rank >= parts[0].factors.rank
 
 
 METHOD = Method(
@@ -38,5 +48,6 @@ METHOD = Method(
         replace(RANK, help="Rank of the result, a count; the largest of the adapters' ranks without it."),
     ),
     rule=_combine,
+    batched=_batched,
     laws=("identity", "order-free", "linear", "homogeneous", "sum"),
 )

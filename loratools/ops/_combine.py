@@ -15,14 +15,10 @@ from loratools.maths.boost import boosted
 from loratools.maths.lowrank import COMPUTE, Factors, stack
 from loratools.maths.protect import protected
 from loratools.model import Module, Target
+from loratools.ops._combine_store import for_scale, module_of, underflow, weight_of
 from loratools.ops._request import Request
 from loratools.ops.align import Contribution
-from loratools.tensors import DTYPES, TensorRef, from_torch
-
-# float16 loses digits below 6e-5; factors of a usual adapter are far larger.
-_SMALL = 1e-3
-# A relative error that is worth a sentence: float16's own is 5e-4.
-_NOTABLE = 5e-3
+from loratools.tensors import TensorRef, from_torch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +44,41 @@ class Combined:
     remark: str = ""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Begun:
+    """One target to merge, nothing of it read yet.
+
+    Attributes:
+        target: The weight.
+        sources: Positions of the inputs that contribute.
+        active: Contributions of weight other than 0.
+        styles: Those of the protected adapters.
+    """
+
+    target: Target
+    sources: tuple[int, ...]
+    active: tuple[Contribution, ...]
+    styles: tuple[Contribution, ...]
+
+    @property
+    def needed(self) -> tuple[Contribution, ...]:
+        """The contributions whose factors are needed."""
+        return (*self.active, *self.styles) if self.active else ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ready:
+    """One target that a method is to be applied to.
+
+    Attributes:
+        begun: The target.
+        parts: The method's input, kept off the main directions of the protected adapters.
+    """
+
+    begun: Begun
+    parts: tuple[methods.Part, ...]
+
+
 def combine(asked: Request, target: Target, contributions: Sequence[Contribution]) -> Combined:
     """Merge one target.
 
@@ -61,56 +92,105 @@ def combine(asked: Request, target: Target, contributions: Sequence[Contribution
         NonFiniteError: The result does not fit the store dtype.
         LoraError: The method refuses.
     """
+    begun = begin(asked, target, contributions)
+    ready = prepared(asked, begun, [factors_of(each, asked.device) for each in begun.needed])
+    if isinstance(ready, Combined):
+        return ready
+    return finished(asked, ready, settled(asked, applied(asked, ready)))
+
+
+def begin(asked: Request, target: Target, contributions: Sequence[Contribution]) -> Begun:
+    """What merging a target takes; see ``combine``."""
     given = [each for each in contributions if each.source < len(asked.adapters)]
     styles = [
         each for each in contributions if each.source >= len(asked.adapters) and each.module.scale != 0.0
     ]
     sources = tuple(sorted({each.source for each in given}))
-    active = [each for each in given if _weight(asked, each) != 0.0]
+    active = [each for each in given if weight_of(asked, each) != 0.0]
+    return Begun(target, sources, tuple(active), tuple(styles))
+
+
+def prepared(asked: Request, begun: Begun, factors: Sequence[Factors]) -> Combined | Ready:
+    """The input of the method, or the result where it needs none.
+
+    Args:
+        asked: What was asked for.
+        begun: The target.
+        factors: Of every contribution that is needed, in that order.
+    """
+    target, sources, active, styles = begun.target, begun.sources, begun.active, begun.styles
     if not active:
         return Combined(None, sources)
-    factors, guarded = ([_factors(each, asked.device) for each in some] for some in (active, styles))
     bad = tuple(
         (each.source, name)
-        for each, pair in zip([*active, *styles], [*factors, *guarded], strict=True)
+        for each, pair in zip(begun.needed, factors, strict=True)
         for name in _nonfinite(each.module, pair)
     )
     if bad and not asked.allow_nonfinite:
         return Combined(None, sources, nonfinite=bad)
+    own, guarded = factors[: len(active)], factors[len(active) :]
     if len(active) == 1 and _carries(asked, active[0], styles):
-        size = active[0].module.scale ** 2 * _energy_of(factors[0].to(COMPUTE))
+        size = active[0].module.scale ** 2 * _energy_of(own[0].to(COMPUTE))
         return Combined(_carried(active[0].module, asked, target), sources, size=size)
     if bad:
         # Nothing can be decomposed that holds NaN: side by side, the factors keep it where it was.
-        weights = [_weight(asked, each) * each.module.scale for each in active]
-        merged = _for_scale(asked, stack(factors, weights))
+        weights = [weight_of(asked, each) * each.module.scale for each in active]
+        merged = for_scale(asked, stack(own, weights))
         steps = ", neither protected nor boosted" if styles or asked.steps.boost is not None else ""
         note = f"{target} holds NaN or Inf and was stacked{steps}"
-        return Combined(_module(asked, target, active, merged), sources, note=note)
-    parts = _parts(active, factors, [_weight(asked, each) for each in active])
-    outcome = _merged(asked, target, parts, _parts(styles, guarded, [1.0] * len(styles)))
+        return Combined(module_of(asked, target, active, merged), sources, note=note)
+    parts = _parts(active, own, [weight_of(asked, each) for each in active])
+    return Ready(begun, tuple(_kept_off(asked, parts, _parts(styles, guarded, [1.0] * len(styles)))))
+
+
+def applied(asked: Request, ready: Ready) -> methods.Outcome:
+    """What the method makes of a target."""
+    return asked.method.combine(ready.parts, replace(asked.options, key=str(ready.begun.target)))
+
+
+def settled(asked: Request, outcome: methods.Outcome) -> methods.Outcome:
+    """The outcome in float64, after the steps that follow a method, at the scale of a module; its size is known."""
     size = outcome.square if outcome.square is not None else _energy_of(outcome.factors.to(COMPUTE))
     wide = outcome.factors.to(COMPUTE)
-    merged = _for_scale(asked, wide if asked.steps.boost is None else boosted(wide, asked.steps.boost))
-    module = _module(asked, target, active, merged)
+    merged = for_scale(asked, wide if asked.steps.boost is None else boosted(wide, asked.steps.boost))
+    return replace(outcome, factors=merged, square=size)
+
+
+def finished(asked: Request, ready: Ready, outcome: methods.Outcome) -> Combined:
+    """The merged module.
+
+    Args:
+        asked: What was asked for.
+        ready: The target.
+        outcome: From ``settled``, on any device.
+
+    Raises:
+        NonFiniteError: The result does not fit the store dtype.
+    """
+    begun = ready.begun
+    module = module_of(asked, begun.target, begun.active, outcome.factors)
     return Combined(
-        module, sources, outcome.energy, size, note=underflow(module, merged), remark=outcome.note
+        module,
+        begun.sources,
+        outcome.energy,
+        outcome.square or 0.0,
+        note=underflow(module, outcome.factors),
+        remark=outcome.note,
     )
 
 
-def _merged(
-    asked: Request, target: Target, parts: Sequence[methods.Part], styles: Sequence[methods.Part]
-) -> methods.Outcome:
-    """What the method makes of the parts, which are kept off the main directions of the protected adapters."""
+def _kept_off(
+    asked: Request, parts: Sequence[methods.Part], styles: Sequence[methods.Part]
+) -> list[methods.Part]:
+    """The parts, off the main directions of the protected adapters."""
     guarded = [style.factors for style in styles]
     steps = asked.steps
-    kept = [
+    return [
         replace(part, factors=protected(part.factors, guarded, steps.energy, steps.strength))
         if guarded and part.source not in steps.exempt
         else part
         for part in parts
     ]
-    return asked.method.combine(kept, replace(asked.options, key=str(target)))
 
 
 def _parts(
@@ -132,11 +212,7 @@ def _parts(
     return parts
 
 
-def _weight(asked: Request, each: Contribution) -> float:
-    return asked.weigh(each.source, each.module.target)
-
-
-def _factors(each: Contribution, device: str) -> Factors:
+def factors_of(each: Contribution, device: str) -> Factors:
     """The contribution's factors where the target has its rows, in their own dtype; the scale is not in them."""
     up, down = lora.matrices(each.module, wide=False)
     return Factors(each.place(up).to(device), down.to(device))
@@ -157,7 +233,7 @@ def _carries(asked: Request, each: Contribution, styles: Sequence[Contribution])
     """Whether a module goes over as it is: alone, whole, at weight 1, and nothing asks for a change."""
     if asked.steps.boost is not None or (styles and each.source not in asked.steps.exempt):
         return False
-    same = each.whole and _weight(asked, each) == 1.0 and each.module.factors.keys() <= _held(asked)
+    same = each.whole and weight_of(asked, each) == 1.0 and each.module.factors.keys() <= _held(asked)
     return same and _is_identity(asked.method, asked.options) and asked.dtype is None
 
 
@@ -190,96 +266,6 @@ def _energy_of(factors: Factors) -> float:
     return max(0.0, float(gram.sum()))
 
 
-def _scale(asked: Request, rank: int) -> float:
-    return asked.alpha / rank if asked.alpha else 1.0
-
-
-def _for_scale(asked: Request, factors: Factors) -> Factors:
-    """The factors of the same ΔW for a module that is applied with this request's scale."""
-    scale = _scale(asked, factors.rank)
-    if scale == 1.0:
-        return factors
-    root = scale**-0.5
-    return Factors(factors.up * root, factors.down * root)
-
-
-def _module(asked: Request, target: Target, active: Sequence[Contribution], factors: Factors) -> Module:
-    """Factors as a module in the store dtype; alpha is the rank, or what the file's modules have in common."""
-    first = active[0].module
-    dtype = asked.dtype or _store_dtype([each.module for each in active])
-    shape = (factors.up.shape[0], *(first.shape or ())[1:])
-    up, down = factors.up, factors.down
-    if len(shape) > 2:
-        up = up.reshape(*up.shape, *(1 for _ in shape[2:]))
-        down = down.reshape(-1, *shape[1:])
-    stored = {"up": _store(up, dtype, target, asked), "down": _store(down, dtype, target, asked)}
-    for role in ("up_bias", "diff_b"):
-        bias = _bias(asked, active, role)
-        if bias is not None:
-            stored[role] = _store(bias, dtype, target, asked)
-    rank = factors.rank
-    return Module(
-        target=target,
-        kind="lora",
-        factors=stored,
-        scale=_scale(asked, rank),
-        alpha=asked.alpha or float(rank),
-        rank=rank,
-        shape=shape,
-        op=first.op,
-        in_first=first.in_first,
-    )
-
-
-def underflow(module: Module, factors: Factors) -> str:
-    """What to say where the store dtype is too coarse for values this small; empty where it is not."""
-    for role, wide in (("up", factors.up), ("down", factors.down)):
-        ref = module.factors[role]
-        largest = float(wide.abs().max())
-        if ref.dtype != "F16" or not 0.0 < largest < _SMALL:
-            continue
-        lost = float((ref.load().flatten(1).to(wide) - wide).norm() / wide.norm())
-        if lost > _NOTABLE:
-            return (
-                f"{module.target}: values no larger than {largest:.1g} lose {lost:.1%} to float16's rounding; "
-                "choose --dtype float32 or bfloat16"
-            )
-    return ""
-
-
-def _bias(asked: Request, active: Sequence[Contribution], role: str) -> torch.Tensor | None:
-    """What the inputs add to the layer's bias: PEFT's lora_bias with the scale, a full difference without."""
-    total: torch.Tensor | None = None
-    for each in active:
-        ref = each.module.factors.get(role)
-        if ref is not None:
-            scale = each.module.scale if role == "up_bias" else 1.0
-            bias = each.place(ref.load().to(torch.float64)) * scale * _weight(asked, each)
-            total = bias if total is None else total + bias
-    return total
-
-
-def _store_dtype(modules: Sequence[Module]) -> str:
-    """The inputs' own dtype, or one that holds the values of all."""
-    found = {module.factors[role].dtype for module in modules for role in ("up", "down")}
-    if all(DTYPES[dtype].bits < 16 for dtype in found):
-        return "F16"
-    wide = {dtype for dtype in found if DTYPES[dtype].bits >= 16}
-    if len(wide) == 1:
-        return wide.pop()
-    return "F64" if "F64" in wide else "F32"
-
-
-def _store(tensor: torch.Tensor, dtype: str, target: Target, asked: Request) -> TensorRef:
-    after = tensor.to("cpu", getattr(torch, DTYPES[dtype].torch)).contiguous()
-    if not asked.allow_nonfinite and not torch.isfinite(after).all():
-        raise NonFiniteError(
-            f"{target}: merged values up to {tensor.abs().max().item():.3g} do not fit {dtype}",
-            todo="Choose --dtype float32 or bfloat16",
-        )
-    return from_torch("", after)
-
-
 def refuse_nonfinite(results: Sequence[Combined], paths: Sequence[str]) -> None:
     """Name every factor that holds NaN or Inf.
 
@@ -294,5 +280,6 @@ def refuse_nonfinite(results: Sequence[Combined], paths: Sequence[str]) -> None:
             f"{count} with NaN or Inf" + (f" in {len(files)} inputs" if len(files) > 1 else ""),
             path=paths[bad[0][0]] or None,
             keys=[key for _, key in bad],
+            expected="Finite factors and scales were expected",
             todo="Pass --allow-nonfinite to go on all the same",
         )

@@ -10,10 +10,14 @@ from typing import NamedTuple
 
 from loratools import kinds
 from loratools.errors import ArchitectureError, OptionError, UnsupportedKindError
-from loratools.model import Adapter, Module
-from loratools.ops import align, files
-from loratools.ops._compare_target import needs_base
+from loratools.io.base import Base
+from loratools.model import Adapter, Module, Target
+from loratools.ops import _experts, align, files
+from loratools.ops._compare_target import is_experts, needs_base
 from loratools.ops._outputs import PathLike
+
+# Fused experts, the one kind whose targets are parameters rather than modules.
+_EXPERTS = "experts"
 
 
 class Inputs(NamedTuple):
@@ -145,6 +149,45 @@ def refuse(adapters: Sequence[Adapter], base: PathLike | None) -> None:
             )
 
 
+def unpacked(adapters: Sequence[Adapter], base: Base) -> tuple[Adapter, ...]:
+    """The adapters, their modules of fused experts with an axis for the experts and under their parameters' names.
+
+    PEFT names them by how it nests parameters, so that one name may mean another parameter in another adapter.
+
+    Args:
+        adapters: Checked by ``refuse``.
+        base: The base model, whose parameters tell how many experts there are and with which scale.
+
+    Raises:
+        UnsupportedKindError: The base lacks the parameters.
+        ShapeError: They are of other shapes.
+        NameResolutionError: Several fit.
+    """
+    found: list[Adapter] = []
+    for adapter in adapters:
+        modules = dict(_placed(adapter, module, base) for module in adapter.modules.values())
+        found.append(replace(adapter, modules=modules))
+    return tuple(found)
+
+
+def _placed(adapter: Adapter, module: Module, base: Base) -> tuple[Target, Module]:
+    """A module and its target, which for fused experts is the parameter that they change."""
+    if module.kind != _EXPERTS:
+        return module.target, module
+    for name, part in base.parts.items():
+        key = _experts.parameter_of(adapter, module, part)
+        if key is not None:
+            target = module.target._replace(path=key.removesuffix(".weight"))
+            whole = _experts.fitted(adapter, module, part[key], part, base.configs.get(name))
+            return target, whole._replace(target=target)
+    raise UnsupportedKindError(
+        f"{module.target}: {base.path} has no such experts",
+        path=adapter.path or None,
+        keys=[ref.name for ref in module.factors.values() if ref.name],
+        todo="Give the base model that the adapter was trained on",
+    )
+
+
 def _computable(module: Module) -> bool:
     kind = kinds.get(module.kind)
     return kind.dense is not None or kind.factored is not None
@@ -155,9 +198,12 @@ def _title(module: Module) -> str:
 
 
 def _flat(module: Module) -> Module:
-    """The module as one of a matrix: some kinds keep a convolution's kernel flattened, and their ΔW is the same."""
+    """The module as one of a matrix: some kinds keep a convolution's kernel flattened, and their ΔW is the same.
+
+    Fused experts stay several matrices.
+    """
     shape = module.shape
-    if shape is None or len(shape) < 3:
+    if shape is None or len(shape) < 3 or is_experts(module):
         return module
     return module._replace(shape=(shape[0], math.prod(shape[1:])))
 

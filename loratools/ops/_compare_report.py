@@ -110,7 +110,7 @@ def report(
         pairs=tuple(pairs),
         sampled_rows=job.rows if job.detailed else None,
         suggestion=found,
-        notes=(*_strangers(pairs), *_notes(inputs, job, wanted=suggest and found is None)),
+        notes=(*_zeros(norms), *_strangers(pairs), *_notes(inputs, job, wanted=suggest and found is None)),
     )
 
 
@@ -191,6 +191,15 @@ def _adapters(
         )
         for adapter, weight, own, norm in zip(adapters, job.weights, has, norms, strict=True)
     ]
+
+
+def _zeros(norms: Sequence[float]) -> tuple[str, ...]:
+    """What to say of adapters that change nothing, whose cosines are therefore left empty."""
+    found = [str(number) for number, norm in enumerate(norms, start=1) if not norm]
+    if not found:
+        return ()
+    verb = "changes" if len(found) == 1 else "change"
+    return (f"{shown(found)} {verb} nothing (ΔW = 0, its weight included): no cosine is defined there",)
 
 
 def _strangers(pairs: Sequence[ComparedPair]) -> tuple[str, ...]:

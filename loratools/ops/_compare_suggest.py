@@ -8,20 +8,26 @@ the adapters were trained for. They rest on four figures.
 * Shared directions: the overlap of column and row spaces, less what random spaces of the same dimensions overlap, as a
   share of what is left: (overlap − chance) / (1 − chance). Two adapters may be orthogonal as matrices and yet write to
   the same outputs.
-* Sign conflict: how much of Σ|a·b| lies in elements of opposite signs; about a half for unrelated adapters.
+* Sign conflict: how much of Σ|a·b| lies in elements of opposite signs; about a half for unrelated adapters, so that
+  only that of related ones tells anything.
 * Balance: the largest norm by the smallest. A weaker adapter is outvoted by whatever elects or trims by magnitude.
+
+Of copies one is enough, and of two opposites no merge keeps both: electing a sign leaves nothing where they are equally
+strong. The others are left out with a weight of 0.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from loratools.ops.compare_results import ComparedPair, Matrix, Suggestion
 
 # Cosines from here on: doing nearly the same, and working against each other.
 _ALIKE, _OPPOSED = 0.7, -0.3
+# Down to here, what one adds is what the other takes away.
+_OPPOSITE = -0.99
 # Cosines below this are those of unrelated adapters: two of one subject seldom come below it.
 _UNRELATED = 0.1
 # Excess overlap from here on: the same directions are used.
@@ -41,7 +47,7 @@ class _Seen(NamedTuple):
         mean: The mean.
         sum_energy: ‖ΣΔW‖² / Σ‖ΔW‖².
         shared: The largest excess overlap of column or row spaces; None where it was not computed.
-        conflict: The largest sign conflict; None likewise.
+        conflict: The largest sign conflict of related adapters; None where none are, or it was not computed.
         imbalance: The largest norm by the smallest.
     """
 
@@ -79,9 +85,17 @@ def suggestion(
     active = [index for index, norm in enumerate(norms) if norm > 0.0 and index not in spare]
     if len(active) < 2:
         return _one_is_enough(norms, weights)
+    undone = _undone(norms, cosines, active)
     seen = _seen(norms, cosines, pairs, active)
-    method, factor, reason = _choice(seen, len(active))
-    reasons = [reason]
+    active = [index for index in active if index not in undone]
+    left = [0.0 if index in spare or index in undone else weight for index, weight in enumerate(weights)]
+    method, factor, reasons = "linear", 1.0, [_undoing(cosines, undone)] if undone else []
+    if len(active) > 1:
+        kept = _seen(norms, cosines, pairs, active)
+        method, factor, reason = _choice(kept, len(active))
+        reasons.append(reason)
+        if kept.imbalance >= _UNBALANCED:
+            reasons.append(_balance(norms, active, left, kept.imbalance))
     if spare:
         reasons.append(
             f"Of adapters that are the same, one is enough: {_counted(spare)} left out with weight 0."
@@ -90,22 +104,20 @@ def suggestion(
         reasons.append(
             "Overlap and sign conflict were not computed for so many adapters; the cosines alone decide."
         )
-    if seen.imbalance >= _UNBALANCED:
-        reasons.append(_balance(norms, active, weights, seen.imbalance))
-    return Suggestion(
-        method=method,
-        weights=tuple(0.0 if index in spare else weight * factor for index, weight in enumerate(weights)),
-        reasons=tuple(reasons),
-        figures={
-            "smallest cosine": seen.least,
-            "largest cosine": seen.most,
-            "mean cosine": seen.mean,
-            "energy of the sum": seen.sum_energy,
-            "excess overlap": seen.shared,
-            "sign conflict": seen.conflict,
-            "largest norm by smallest": seen.imbalance,
-        },
-    )
+    return Suggestion(method, tuple(weight * factor for weight in left), tuple(reasons), _figures(seen))
+
+
+def _figures(seen: _Seen) -> dict[str, float | None]:
+    """What a suggestion rests on, by name."""
+    return {
+        "smallest cosine": seen.least,
+        "largest cosine": seen.most,
+        "mean cosine": seen.mean,
+        "energy of the sum": seen.sum_energy,
+        "excess overlap": seen.shared,
+        "sign conflict": seen.conflict,
+        "largest norm by smallest": seen.imbalance,
+    }
 
 
 def _one_is_enough(norms: Sequence[float], weights: Sequence[float]) -> Suggestion:
@@ -119,6 +131,32 @@ def _one_is_enough(norms: Sequence[float], weights: Sequence[float]) -> Suggesti
         ),
         figures={"energy of the sum": float(count)},
     )
+
+
+def _undone(norms: Sequence[float], cosines: Matrix, active: Sequence[int]) -> dict[int, int]:
+    """The opposites of stronger adapters, or of earlier ones where both are as strong, each with that adapter."""
+    found: dict[int, int] = {}
+    ranked = sorted(active, key=lambda index: (-norms[index], index))
+    for place, index in enumerate(ranked):
+        for other in ranked[:place]:
+            cosine = cosines[index][other]
+            if other not in found and cosine is not None and cosine <= _OPPOSITE:
+                found[index] = other
+                break
+    return found
+
+
+def _undoing(cosines: Matrix, undone: Mapping[int, int]) -> str:
+    pairs = ", ".join(
+        f"{index + 1} of {other + 1} (cosine {_short(cosines[index][other] or 0.0)})"
+        for index, other in sorted(undone.items())
+    )
+    return f"Opposites: {pairs}. No merge keeps both, so the weaker is left out with weight 0."
+
+
+def _short(value: float) -> str:
+    """Two decimals, without a sign where they are zeros."""
+    return f"{value:.2f}".replace("-0.00", "0.00")
 
 
 def _counted(indices: Iterable[int]) -> str:
@@ -142,7 +180,11 @@ def _seen(
         )
         if overlap is not None and chance is not None
     ]
-    conflicts = [each.sign_conflict for each in relations if each.sign_conflict is not None]
+    conflicts = [
+        each.sign_conflict
+        for each in relations
+        if each.sign_conflict is not None and abs(each.cosine or 0.0) >= _UNRELATED
+    ]
     values = [cosine for cosine, _, _ in found]
     own = [norms[index] for index in active]
     return _Seen(
@@ -151,7 +193,7 @@ def _seen(
         mean=math.fsum(values) / len(values),
         sum_energy=max(0.0, 1.0 + crossed / total),
         shared=max(excess, default=0.0) if pairs else None,
-        conflict=max(conflicts, default=0.0) if pairs else None,
+        conflict=max(conflicts, default=None),
         imbalance=max(own) / min(own),
     )
 
@@ -163,29 +205,27 @@ def _excess(overlap: float, chance: float) -> float:
 
 def _choice(seen: _Seen, count: int) -> tuple[str, float, str]:
     """The method, what the weights are multiplied by, and why; the first rule that holds."""
+    mean, energy = _short(seen.mean), f"{seen.sum_energy:.1f}"
     if seen.least <= _OPPOSED:
-        text = "Some work against each other (cosine {:.2f}): a sum cancels them. Electing a sign keeps the stronger."
-        return "ties", 1.0, text.format(seen.least)
+        text = f"Some work against each other (cosine {_short(seen.least)}): a sum cancels them. Electing a sign keeps "
+        return "ties", 1.0, text + "the stronger."
     if seen.mean >= _ALIKE:
-        text = "They do nearly the same (mean cosine {:.2f}): a plain sum has {:.1f} times the energy. Average them."
-        return "linear", 1.0 / count, text.format(seen.mean, seen.sum_energy)
-    unrelated = max(abs(seen.least), abs(seen.most)) < _UNRELATED
-    if unrelated and (seen.shared is None or seen.shared < _SHARED):
-        text = (
-            "They are nearly orthogonal (cosines {:.2f} to {:.2f}): the exact sum keeps each of them whole."
-        )
-        return "linear", 1.0, text.format(seen.least, seen.most)
-    if unrelated or (seen.shared or 0.0) >= _SHARED > abs(seen.mean):
-        text = "They use the same directions (overlap {:.0%} above chance) for different things (mean cosine {:.2f}): "
-        text += "tsv makes the singular vectors of all orthogonal to each other."
-        return "tsv", 1.0, text.format(seen.shared or 0.0, seen.mean)
+        text = f"They do nearly the same (mean cosine {mean}): a plain sum has {energy} times the energy. Average them."
+        return "linear", 1.0 / count, text
+    largest = max(abs(seen.least), abs(seen.most))
+    if largest < _UNRELATED and (seen.shared is None or seen.shared < _SHARED):
+        text = f"They are nearly orthogonal (no cosine beyond {largest:.1g} either way): the exact sum keeps each of "
+        return "linear", 1.0, text + "them whole."
+    if largest < _UNRELATED or (seen.shared or 0.0) >= _SHARED > abs(seen.mean):
+        text = f"They use the same directions (overlap {seen.shared or 0.0:.0%} above chance) for different things "
+        text += f"(mean cosine {mean}): tsv makes the singular vectors of all orthogonal to each other."
+        return "tsv", 1.0, text
     if seen.conflict is not None and seen.conflict >= _CONFLICT:
-        text = "They agree in part (mean cosine {:.2f}) and conflict in sign in part ({:.0%}): knots-ties elects signs "
-        text += "in directions that they have in common."
-        return "knots-ties", 1.0, text.format(seen.mean, seen.conflict)
-    text = "They agree in part (mean cosine {:.2f}) and seldom conflict in sign: the sum, scaled from {:.1f} times "
-    text += "the energy to that of unrelated ones."
-    return "linear", seen.sum_energy**-0.5, text.format(seen.mean, seen.sum_energy)
+        how = "agree" if seen.mean > 0.0 else "work against each other"
+        text = f"They {how} in part (mean cosine {mean}) and conflict in sign in part ({seen.conflict:.0%}): "
+        return "knots-ties", 1.0, text + "knots-ties elects signs in directions that they have in common."
+    text = f"They agree in part (mean cosine {mean}) and seldom conflict in sign: the sum, scaled from {energy} times "
+    return "linear", seen.sum_energy**-0.5, text + "the energy to that of unrelated ones."
 
 
 def _balance(
@@ -198,6 +238,6 @@ def _balance(
         for norm, weight in zip(norms, weights, strict=True)
     )
     return (
-        f"The strongest has {imbalance:.1f} times the norm of the weakest; --weights {even} would make them equal, "
-        "if that is what you want."
+        f"The strongest has {imbalance:.1f} times the norm of the weakest, which shows little beside it; --weights "
+        f"{even} would make them equal, if that is what you want."
     )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
 from loratools.maths.lowrank import COMPUTE
-from loratools.ops._compare_target import PairFigures, TargetFigures
+from loratools.ops._compare_matrix import Details
+from loratools.ops._compare_target import TargetFigures
 from loratools.ops.compare_results import Matrix, ModulePair, Relation
+
+Angles = tuple[float | None, float | None]
+"""The smallest principal angles of column and row spaces, in degrees; None where one is zero."""
 
 # Of a pair: the weight of a mean, four figures under that weight, and the sums of the signs.
 _FIGURES = 7
@@ -38,10 +42,8 @@ class Sums:
         squares[index[:, None], index] = found.squares
         self.gram += gram
         self.squares += squares.fill_diagonal_(0.0)
-        for (first, second), pair in found.pairs.items():
-            row, column = found.members[first], found.members[second]
-            weight = math.sqrt(max(0.0, float(norms[row]) * float(norms[column])))
-            self._details[row, column] += torch.tensor(_weighted(pair, weight), dtype=COMPUTE)
+        if found.details is not None:
+            self._details[index[:, None], index] += _weighted(found.details, found.gram)
 
     def relation(self, first: int, second: int) -> Relation:
         """How two inputs relate; ``first`` is below ``second``."""
@@ -52,7 +54,9 @@ class Sums:
             float(self.squares[first, second]),
         )
         weight, *weighted, opposite, total = self._details[first, second].tolist()
-        columns, rows, column_chance, row_chance = (each / weight if weight else None for each in weighted)
+        columns, rows, column_chance, row_chance = (
+            min(1.0, each / weight) if weight else None for each in weighted
+        )
         return Relation(
             cosine,
             ratio,
@@ -92,33 +96,42 @@ def module_pair(found: TargetFigures, first: int, second: int) -> ModulePair | N
     places = [found.members.index(each) if each in found.members else None for each in (first, second)]
     if places == [None, None]:
         return None
+    details = found.details
     energies = [0.0 if place is None else float(found.gram[place, place]) for place in places]
-    ranks = [0 if place is None else found.ranks[place] for place in places]
-    pair: PairFigures | None = None
+    ranks = [0 if place is None or details is None else int(details.ranks[place]) for place in places]
     product, square = 0.0, sum(energies)
     one, other = places
     if one is not None and other is not None:
-        pair = found.pairs[one, other]
         product, square = float(found.gram[one, other]), float(found.squares[one, other])
-    cosine, ratio, distance = _plain(energies[0], energies[1], product, square)
-    relation = Relation(cosine, ratio, distance)
-    if pair is not None:
-        relation = relation._replace(
-            column_overlap=pair.column_overlap,
-            row_overlap=pair.row_overlap,
-            column_chance=pair.column_chance if pair.column_overlap is not None else None,
-            row_chance=pair.row_chance if pair.row_overlap is not None else None,
-            sign_conflict=pair.signs.opposite / pair.signs.total if pair.signs.total else None,
-        )
+    relation = Relation(*_plain(energies[0], energies[1], product, square))
+    angles: Angles = (None, None)
+    if one is not None and other is not None and details is not None:
+        relation, angles = _in_detail(relation, details, one, other)
     return ModulePair(
         target=str(found.target),
         component=found.target.component,
         norms=(math.sqrt(max(0.0, energies[0])), math.sqrt(max(0.0, energies[1]))),
         ranks=(ranks[0], ranks[1]),
-        column_angle=pair.column_angle if pair is not None else None,
-        row_angle=pair.row_angle if pair is not None else None,
+        column_angle=angles[0],
+        row_angle=angles[1],
         relation=relation,
     )
+
+
+def _in_detail(relation: Relation, details: Details, one: int, other: int) -> tuple[Relation, Angles]:
+    """A relation with what spaces and signs say, and the smallest angles of column and row spaces in degrees."""
+    opposite, total = float(details.signs.opposite[one, other]), float(details.signs.total[one, other])
+    relation = relation._replace(sign_conflict=opposite / total if total else None)
+    smaller = float(details.smaller[one, other])
+    if not smaller:
+        return relation, (None, None)
+    columns, rows = details.columns, details.rows
+    both = columns.squares, rows.squares, columns.expected, rows.expected
+    shares = [min(1.0, float(each[one, other]) / smaller) for each in both]
+    relation = relation._replace(
+        column_overlap=shares[0], row_overlap=shares[1], column_chance=shares[2], row_chance=shares[3]
+    )
+    return relation, (float(columns.angles[one, other]), float(rows.angles[one, other]))
 
 
 def pairs_of(count: int) -> Iterator[tuple[int, int]]:
@@ -126,12 +139,13 @@ def pairs_of(count: int) -> Iterator[tuple[int, int]]:
     return ((first, second) for first in range(count) for second in range(first + 1, count))
 
 
-def _weighted(pair: PairFigures, weight: float) -> Sequence[float]:
-    signs = pair.signs.opposite, pair.signs.total
-    if pair.column_overlap is None or pair.row_overlap is None:
-        return (0.0, 0.0, 0.0, 0.0, 0.0, *signs)
-    means = pair.column_overlap, pair.row_overlap, pair.column_chance, pair.row_chance
-    return (weight, *(each * weight for each in means), *signs)
+def _weighted(details: Details, gram: torch.Tensor) -> torch.Tensor:
+    """(members, members, figures): the weight of each pair's means, the figures under it, and the sums of the signs."""
+    norms = gram.diagonal().clamp(min=0.0).sqrt()
+    weight = torch.where(details.smaller > 0.0, torch.outer(norms, norms), 0.0)
+    share = weight / details.smaller.clamp(min=1.0)
+    spaces = details.columns.squares, details.rows.squares, details.columns.expected, details.rows.expected
+    return torch.stack([weight, *(share * each for each in spaces), *details.signs], dim=-1)
 
 
 def _plain(

@@ -13,8 +13,9 @@ from loratools.errors import NonFiniteError
 from loratools.kinds import lora
 from loratools.maths.lowrank import COMPUTE, Compressed, Factors, compress, numerical_rank
 from loratools.maths.rank import Float64
+from loratools.maths.spectrum import singular_values
 from loratools.model import Module
-from loratools.ops import _combine
+from loratools.ops._combine_store import underflow
 from loratools.ops._device import on
 from loratools.ops._resize_store import BIASES, Form, padded, rounding, scaled, stays, stored
 from loratools.ops.as_lora import to_lora
@@ -53,18 +54,34 @@ class Resized(NamedTuple):
     note: str = ""
 
 
-class _Source(NamedTuple):
+class Source(NamedTuple):
     """A module as LoRA.
 
     Attributes:
         module: Of kind "lora"; of the input's own tensors where it was one.
-        factors: Its product, scale excluded, float64.
+        factors: Its product, scale excluded.
         share: The fraction of ΔW's Σσ² that they hold.
     """
 
     module: Module
     factors: Factors
     share: float
+
+
+class Cut(NamedTuple):
+    """A module at its rank, not stored yet.
+
+    Attributes:
+        source: What it was.
+        known: Its spectrum.
+        real: How many directions there were to choose from, a count.
+        factors: Those chosen, scale excluded, float64.
+    """
+
+    source: Source
+    known: Spectrum
+    real: int
+    factors: Factors
 
 
 def has_kernel(module: Module) -> bool:
@@ -96,8 +113,8 @@ def spectrum(module: Module, base: torch.Tensor | None, limit: int | None, place
         limit: No more of them than this have to be known, a count; None for all.
         place: The device to compute on.
     """
-    source = _source(module, base, limit, place)
-    return _spectrum(source, compress(source.factors), None)
+    source = source_of(module, base, limit, place)
+    return spectrum_of(source, *singular_values(source.factors))
 
 
 def resized(
@@ -120,57 +137,117 @@ def resized(
         NonFiniteError: A factor holds NaN or Inf, or the result does not fit the store dtype.
         UnsupportedKindError: It cannot be turned into LoRA.
     """
-    source = _source(module, base, limit, form.place)
-    whole = compress(source.factors, limit)
-    known = _spectrum(source, whole, limit)
+    source = source_of(module, base, limit, form.place)
+    return finished(module, decided(source, compress(source.factors, limit), limit, choose), form)
+
+
+def decided(source: Source, whole: Compressed, limit: int | None, choose: Callable[[Spectrum], int]) -> Cut:
+    """A module at its rank.
+
+    Args:
+        source: What it is as LoRA.
+        whole: Its product at the limit.
+        limit: As for ``resized``.
+        choose: Likewise.
+    """
+    known = spectrum_of(source, whole.sigma, _real(source, whole, limit))
     rank = max(1, min(choose(known), whole.factors.rank))
-    energy, truncation = _kept(known, whole, source, rank)
+    return Cut(
+        source, known, whole.factors.rank, Factors(whole.factors.up[:, :rank], whole.factors.down[:rank])
+    )
+
+
+def finished(module: Module, cut: Cut, form: Form) -> Resized:
+    """A module as it is stored, and what that cost.
+
+    Args:
+        module: The input.
+        cut: At its rank.
+        form: How it is stored.
+
+    Raises:
+        NonFiniteError: The result does not fit the store dtype.
+    """
+    source, known, rank = cut.source, cut.known, cut.factors.rank
+    energy, truncation = _kept(cut)
     wanted = form.rank or rank
-    if stays(module, wanted, form) and rank == min(wanted, whole.factors.rank):
+    if stays(module, wanted, form) and rank == min(wanted, cut.real):
         return Resized(module, known, 1.0, 0.0)
-    cut = Factors(whole.factors.up[:, :rank], whole.factors.down[:rank])
-    exact = scaled(padded(cut, wanted), source.module.scale / form.scale(wanted))
+    exact = scaled(padded(cut.factors, wanted), source.module.scale / form.scale(wanted))
     result = stored(source.module, exact, form, form.store(module))
     lost = rounding(exact, result, math.sqrt(known.total))
-    note = _combine.underflow(result, exact)
+    note = underflow(result, exact)
     if not known.total:
         note = f"{module.target} is zero throughout, and was written as rank {wanted}"
     return Resized(result, known, energy, math.hypot(truncation, lost), note)
 
 
-def _source(module: Module, base: torch.Tensor | None, limit: int | None, place: str) -> _Source:
-    vectors = [module.factors[role] for role in BIASES if role in module.factors]
-    if not (math.isfinite(module.scale) and all(_finite(ref) for ref in vectors)):
-        raise NonFiniteError(f"{module.target} holds NaN or Inf")
+def source_of(module: Module, base: torch.Tensor | None, limit: int | None, place: str) -> Source:
+    """A module as LoRA, in float64.
+
+    Args:
+        module: Of any kind that can be turned into LoRA.
+        base: The weight it changes, where its kind needs it.
+        limit: No rank above this is needed, a count; None for no limit.
+        place: The device to compute on.
+
+    Raises:
+        NonFiniteError: The scale or a bias holds NaN or Inf.
+        UnsupportedKindError: It cannot be turned into LoRA.
+    """
+    check_beside(module)
     if lora.is_product(module):
         up, down = lora.matrices(module)
-        return _Source(module, Factors(up.to(place), down.to(place)), 1.0)
+        return Source(module, Factors(up.to(place), down.to(place)), 1.0)
     with torch.device(place):
         weight = base.to(place) if base is not None else None
         found = to_lora(on(module, place), rank=limit, base=weight, dtype="F64")
         up, down = lora.matrices(found.module)
-    return _Source(found.module, Factors(up, down), 1.0 if found.exact else 1.0 - found.error**2)
+    return Source(found.module, Factors(up, down), 1.0 if found.exact else 1.0 - found.error**2)
 
 
-def _spectrum(source: _Source, whole: Compressed, limit: int | None) -> Spectrum:
-    sigma = abs(source.module.scale) * whole.sigma.cpu().numpy()
+def check_beside(module: Module) -> None:
+    """Refuse what no decomposition finds out.
+
+    Raises:
+        NonFiniteError: The scale or a bias holds NaN or Inf.
+    """
+    vectors = [module.factors[role] for role in BIASES if role in module.factors]
+    if not (math.isfinite(module.scale) and all(_finite(ref) for ref in vectors)):
+        raise NonFiniteError(f"{module.target} holds NaN or Inf")
+
+
+def _real(source: Source, whole: Compressed, limit: int | None) -> int:
+    """How many singular values are more than rounding noise, a count."""
+    if whole.factors.rank != limit:
+        return whole.factors.rank
+    # It was cut, but all are known; those that are rounding noise are no directions.
+    return numerical_rank(whole.sigma, source.factors.shape, COMPUTE)
+
+
+def spectrum_of(source: Source, values: torch.Tensor, real: int) -> Spectrum:
+    """The spectrum of a module.
+
+    Args:
+        source: What it is as LoRA.
+        values: The singular values of its product, scale excluded, descending.
+        real: How many of them are more than rounding noise, a count.
+    """
+    sigma = abs(source.module.scale) * values.cpu().numpy()
     total = float(np.sum(np.square(sigma)))
     shape = source.module.shape or source.factors.shape
     if not total:
         return Spectrum(sigma[:0], 0.0, shape)
-    real = whole.factors.rank
-    if real == limit:
-        # It was cut, but all are known; those that are rounding noise are no directions.
-        real = numerical_rank(whole.sigma, source.factors.shape, COMPUTE)
     return Spectrum(sigma[:real], total / source.share if source.share else total, shape)
 
 
-def _kept(known: Spectrum, whole: Compressed, source: _Source, rank: int) -> tuple[float, float]:
+def _kept(cut: Cut) -> tuple[float, float]:
     """The fraction of Σσ² that a rank keeps, and the relative error of what it leaves out."""
+    source, known, rank = cut.source, cut.known, cut.factors.rank
     if not known.total:
         return 1.0, 0.0
     # Added up from the smallest, so that little that is lost keeps its digits.
     tail = float(np.sum(np.square(known.sigma[rank:])[::-1]))
     lost = tail / known.total + (1.0 - source.share)
-    exact = source.share == 1.0 and rank == whole.factors.rank >= known.sigma.size
+    exact = source.share == 1.0 and rank == cut.real >= known.sigma.size
     return (1.0, 0.0) if exact else (max(0.0, 1.0 - lost), math.sqrt(lost))

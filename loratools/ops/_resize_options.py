@@ -57,13 +57,14 @@ class Options(NamedTuple):
         return self.kind == "size" or bool(self.norm) or bool(self.server)
 
     def limit(self, *, wide: bool) -> int | None:
-        """The largest rank of a module, a count; None for no limit.
+        """The largest rank of a module, a count, and a multiple of what ranks are to be; None for no limit.
 
         Args:
             wide: Whether it is a convolution with a kernel.
         """
         special = self.conv_rank if wide and self.kind != "rank" else None
-        return min((each for each in (special, self.most) if each), default=None)
+        most = min((each for each in (special, self.most) if each), default=None)
+        return None if most is None else most - most % self.multiple
 
     def rule(self, *, wide: bool) -> Rule:
         """The rank rule of one module; for a size, which is spent over all modules together, its limits."""
@@ -81,12 +82,10 @@ class Options(NamedTuple):
         return self.rounded(max(int(rule.value), self.least), wide=wide)
 
     def rounded(self, rank: int, *, wide: bool) -> int:
-        """A rank brought to the next multiple, or to the last one below the limit."""
+        """A rank brought to the next multiple, within the limit."""
         most = self.limit(wide=wide)
         up = -(-rank // self.multiple) * self.multiple
-        if most is None or up <= most:
-            return up
-        return most - most % self.multiple or most
+        return up if most is None else min(up, most)
 
 
 def options(
@@ -139,9 +138,26 @@ def options(
         against_norm,
         files.STORE_DTYPES.get(dtype, ""),
     )
+    _check_multiples(found)
     _check_server(found)
     _check_against(found)
     return found
+
+
+def _check_multiples(asked: Options) -> None:
+    """Refuse limits that no multiple lies within."""
+    least = -(-asked.least // asked.multiple) * asked.multiple
+    # Convolutions may have a limit below the smallest rank of all others.
+    floors = {False: least, True: asked.multiple if asked.conv_rank else least}
+    for wide, floor in floors.items():
+        most = asked.limit(wide=wide)
+        if most is not None and most < floor:
+            raise OptionError(
+                f"the largest rank is {asked.conv_rank if wide else asked.most}, and the smallest multiple of "
+                f"{asked.multiple} that is allowed is {floor}",
+                expected="Limits with a multiple between them were expected",
+                todo="Raise the largest rank, or choose a smaller multiple",
+            )
 
 
 def _check_server(asked: Options) -> None:

@@ -8,7 +8,7 @@ log₁₀(σ_j / ‖W‖_F); here the same scores serve the usual rules:
 
 - energy F: the fewest directions, all modules together, whose squared scores add up to F of all squared scores;
 - error F: the same with 1 − F²;
-- ratio F: in each module, those with σ_j > F · ‖W‖ (above 1: ‖W‖ / F);
+- ratio F: in each module, those with σ_j ≥ F · ‖W‖ (above 1: ‖W‖ / F);
 - size: directions in the order of squared score per byte.
 """
 
@@ -90,11 +90,11 @@ def _limit(asked: Options, known: Known) -> int | None:
 
 
 def _above(asked: Options, known: Known) -> int:
-    """How many directions of a module exceed a share of its weight's norm."""
+    """How many directions of a module reach a share of its weight's norm."""
     share = asked.value if asked.value <= 1.0 else 1.0 / asked.value
     wide = has_kernel(known.module)
     most = int(known.spectrum.sigma.size)
-    found = max(int(np.count_nonzero(known.scores(None) > share)), asked.least)
+    found = max(int(np.count_nonzero(known.scores(None) >= share)), asked.least)
     limit = asked.limit(wide=wide)
     found = found if limit is None else min(found, limit)
     return min(asked.rounded(found, wide=wide), most)
@@ -139,28 +139,65 @@ def _of_size(
     sizes = [int(each.spectrum.sigma.size) for each in known.values()]
     prices = [costs[target] * asked.multiple for target in known]
     least = -(-asked.least // asked.multiple)
+    fewest = [min(least, len(each)) for each in scores]
+    paid = sum(count * price for count, price in zip(fewest, prices, strict=True))
 
     def ranks_of(blocks: Sequence[int]) -> dict[Target, int]:
         pairs = zip(known, blocks, sizes, strict=True)
         return {target: max(1, min(count * asked.multiple, size)) for target, count, size in pairs}
 
-    fewest = [min(least, len(each)) for each in scores]
-    smallest = measure(ranks_of(fewest))
-    room = budget - smallest + sum(count * price for count, price in zip(fewest, prices, strict=True))
-    while True:
-        try:
-            found = ranks_of(allocate(scores, prices, room, least))
-        except OptionError as error:
-            raise OptionError(
-                f"a file of {budget:,} bytes does not hold rank {asked.least} of all {len(known)} modules",
-                expected=f"The smallest possible has {smallest:,} bytes",
-                todo="Ask for a larger size",
-            ) from error
-        over = measure(found) - budget
-        if over <= 0:
-            return found
-        # Digits of larger shapes, and what a configuration says of ranks that differ.
-        room -= over
+    first = ranks_of(fewest)
+    smallest = measure(first)
+    if smallest > budget:
+        raise OptionError(
+            f"a file of {budget:,} bytes does not hold rank {least * asked.multiple} of all {len(known)} modules",
+            expected=f"The smallest possible has {smallest:,} bytes",
+            todo="Ask for a larger size",
+        )
+    return _fitted(
+        first,
+        spend=lambda room: ranks_of(allocate(scores, prices, paid + room, least)),
+        spare=lambda ranks: budget - measure(ranks),
+        room=budget - smallest,
+        step=min(prices),
+    )
+
+
+def _fitted(
+    fewest: dict[Target, int],
+    *,
+    spend: Callable[[int], dict[Target, int]],
+    spare: Callable[[Mapping[Target, int]], int],
+    room: int,
+    step: int,
+) -> dict[Target, int]:
+    """The ranks that the most bytes buy of which the file still fits.
+
+    A file takes more than its values: digits of larger shapes, and what a configuration says of ranks that differ.
+    How much that is shows only in the file that is measured.
+
+    Args:
+        fewest: The smallest ranks, which do fit.
+        spend: The ranks for so many bytes more than the smallest take.
+        spare: The bytes that are left of the budget with these ranks; negative where they do not fit.
+        room: What to try first.
+        step: Bytes of the cheapest rank, below which nothing is to be gained.
+    """
+    best, low, high = fewest, 0, -1
+    while high < 0 or high - low >= step:
+        found = spend(room)
+        left = spare(found)
+        if left >= 0:
+            done = found == best or left < step
+            best, low = found, room
+            if done:
+                break
+        else:
+            high = room
+        room += left
+        if high >= 0 and not low < room < high:
+            room = (low + high) // 2
+    return best
 
 
 def _blocks(scores: Float64, multiple: int) -> Float64:

@@ -115,6 +115,7 @@ def notes(
     """What the caller should know of a result that is right, and may surprise."""
     said = _of_modules([each.note for each in results.values() if each.note])
     said += _fewer(asked, modules, results)
+    said += _rounded(asked, results)
     full = [
         str(target)
         for target, module in adapter.modules.items()
@@ -155,6 +156,24 @@ def _fewer(asked: Options, modules: Mapping[Target, Module], results: Mapping[Ta
     return [
         f"{len(found)} of {len(modules)} modules have fewer directions than rank {wanted} and keep all that they have "
         f"(first: {target}, rank {rank})"
+    ]
+
+
+def _rounded(asked: Options, results: Mapping[Target, Resized]) -> list[str]:
+    """Modules whose rank keeps to the error that was asked for, and whose store dtype does not."""
+    if asked.kind != "error" or asked.norm:
+        return []
+    above = {
+        str(target): each.error
+        for target, each in results.items()
+        if 1.0 - each.energy <= asked.value**2 and each.error > asked.value * (1.0 + _ROUNDING)
+    }
+    if not above:
+        return []
+    worst = max(above, key=above.__getitem__)
+    return [
+        f"{len(above)} of {len(results)} modules have an error above {asked.value:g} by the rounding of their store "
+        f"dtype (most: {worst}, {above[worst]:.3g}); --dtype float32 keeps to it"
     ]
 
 

@@ -1,63 +1,36 @@
-"""The modules of a resize, one after the other: which can be cut, to what ranks, and what becomes of them."""
+"""The modules of a resize: which can be cut, to what ranks, and what becomes of them.
+
+The CPU works on several side by side, an accelerator on batches of modules of one make-up (``_resize_batch``).
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, TypeVar
-
-import torch
 
 from loratools import kinds
-from loratools.engine import local
-from loratools.errors import NonFiniteError, OptionError, UnsupportedKindError
+from loratools.errors import OptionError, UnsupportedKindError
 from loratools.model import Adapter, Layout, Module, Target
-from loratools.ops import _as_kind, _merged, _resize_layout, _resize_ranks, _resize_report, files
+from loratools.ops import (
+    _as_kind,
+    _merged,
+    _resize_batch,
+    _resize_layout,
+    _resize_ranks,
+    _resize_report,
+    files,
+)
 from loratools.ops._base_weights import Weights
-from loratools.ops._resize_module import Resized, Spectrum, has_kernel, nonfinite, resized, spectrum
+from loratools.ops._resize_batch import Piece
+from loratools.ops._resize_each import Steps, Task, Work, each_module, needs_base
+from loratools.ops._resize_module import Resized, Spectrum, has_kernel, resized, spectrum
 from loratools.ops._resize_norms import norm_of
 from loratools.ops._resize_options import Options
 from loratools.ops._resize_ranks import Known
 from loratools.ops._resize_store import Form, cost, shaped
 from loratools.ops.resize_results import ResizeReport
-
-Progress = Callable[[str, int, int], None]
-Result = TypeVar("Result")
-
-
-class _Task(NamedTuple):
-    """One module to work on, with the base weights that this takes."""
-
-    target: Target
-    module: Module
-    base: torch.Tensor | None
-    against: torch.Tensor | None = None
-
-
-class Work(NamedTuple):
-    """An adapter, what is asked for, and where its base weights lie.
-
-    Attributes:
-        adapter: The input in the layout of the result.
-        modules: Those that have a ΔW to be cut.
-        asked: What was asked for.
-        form: How results are stored.
-        base: Weights of the model that it was trained on, for kinds whose ΔW depends on them.
-        against: Weights that directions are scored against.
-        threads: A count; None for one per processor.
-        progress: Called with a module's name, its number and the count of all.
-    """
-
-    adapter: Adapter
-    modules: Mapping[Target, Module]
-    asked: Options
-    form: Form
-    base: Weights | None
-    against: Weights | None
-    threads: int | None
-    progress: Progress | None
 
 
 def run(work: Work, original: Adapter) -> tuple[Adapter, ResizeReport]:
@@ -116,11 +89,6 @@ def _refuse_kinds(adapter: Adapter, modules: Mapping[Target, Module], *, has_bas
             )
 
 
-def needs_base(module: Module) -> bool:
-    """Whether ΔW depends on the weight that the module changes."""
-    return module.magnitude is not None or kinds.get(module.kind).needs_base
-
-
 def common_alpha(layout: Layout, modules: Mapping[Target, Module], asked: Options) -> float | None:
     """One alpha for all modules of a Kohya file: the rank, or of other rules most modules' present one."""
     if layout.name != "kohya":
@@ -131,24 +99,24 @@ def common_alpha(layout: Layout, modules: Mapping[Target, Module], asked: Option
     return float(min(fixed, usual or 1) if fixed else usual or 1)
 
 
-def _tasks(work: Work, *, scored: bool) -> Iterator[_Task]:
-    """The modules, with their base weights loaded a few ahead of the work."""
-    for target, module in work.modules.items():
-        base = work.base.of(module) if work.base is not None and needs_base(module) else None
-        against = work.against.of(module) if work.against is not None and scored else None
-        yield _Task(target, module, base, against)
-
-
 def _planned(work: Work, inputs: _merged.Inputs) -> tuple[dict[Target, int], dict[Target, float]]:
     """Ranks that depend on all modules, and the norms that directions were scored against."""
 
-    def look(task: _Task) -> Known:
-        limit = work.asked.limit(wide=has_kernel(task.module))
-        found = spectrum(task.module, task.base, limit, work.form.place)
+    def limit(task: Task) -> int | None:
+        return work.asked.limit(wide=has_kernel(task.module))
+
+    def known_of(task: Task, found: Spectrum) -> Known:
         norm = norm_of(task.against, work.asked.norm) if task.against is not None else None
         return Known(task.module, found, norm)
 
-    known = _each(work, look, scored=True)
+    def look(task: Task, place: str) -> Known:
+        return known_of(task, spectrum(task.module, task.base, limit(task), place))
+
+    def look_together(tasks: list[Task]) -> list[Known]:
+        pieces = [Piece(task.module, task.base, limit(task)) for task in tasks]
+        return list(map(known_of, tasks, _resize_batch.spectra(pieces, work.form.place)))
+
+    known = each_module(work, Steps(look, look_together), scored=True)
     shapes = {target: each.spectrum.shape for target, each in known.items()}
     costs = {target: cost(each.module, shapes[target], work.form) for target, each in known.items()}
 
@@ -166,54 +134,21 @@ def _planned(work: Work, inputs: _merged.Inputs) -> tuple[dict[Target, int], dic
 def _cut(work: Work, ranks: Mapping[Target, int], form: Form) -> dict[Target, Resized]:
     """Every module at its rank: one that was planned, or the one that it needs by itself."""
 
-    def cut(task: _Task) -> Resized:
+    def piece(task: Task) -> Piece:
         module, planned = task.module, ranks.get(task.target)
         wide = has_kernel(module)
         fixed = planned or work.asked.fixed(wide=wide)
         choose = partial(_resize_ranks.own, work.asked, module) if fixed is None else partial(_always, fixed)
-        return resized(module, task.base, fixed or work.asked.limit(wide=wide), form, choose)
+        return Piece(module, task.base, fixed or work.asked.limit(wide=wide), choose)
 
-    return _each(work, cut, scored=False, progress=work.progress)
+    def cut(task: Task, place: str) -> Resized:
+        module, base, limit, choose = piece(task)
+        return resized(module, base, limit, form._replace(place=place), choose)
 
+    def cut_together(tasks: list[Task]) -> list[Resized]:
+        return _resize_batch.resized_batch(list(map(piece, tasks)), form)
 
-def _each(
-    work: Work, do: Callable[[_Task], Result], *, scored: bool, progress: Progress | None = None
-) -> dict[Target, Result]:
-    """What is done to every module, several at a time.
-
-    Raises:
-        NonFiniteError: NaN or Inf in tensors; all are named.
-    """
-
-    def attempt(task: _Task) -> Result | list[str]:
-        try:
-            return do(task)
-        except NonFiniteError:
-            # Decompositions find out by themselves; looking at every tensor beforehand would cost another reading.
-            keys = nonfinite(task.module)
-            if not keys:
-                raise
-            return keys
-
-    found: dict[Target, Result] = {}
-    bad: list[str] = []
-    results = local.run(attempt, _tasks(work, scored=scored), threads=work.threads)
-    for number, (target, each) in enumerate(zip(work.modules, results, strict=True), start=1):
-        if isinstance(each, list):
-            bad += each
-        else:
-            found[target] = each
-        if progress is not None:
-            progress(str(target), number, len(work.modules))
-    if bad:
-        raise NonFiniteError(
-            f"{len(bad)} tensors with NaN or Inf" if len(bad) > 1 else "a tensor with NaN or Inf",
-            path=work.adapter.path or None,
-            keys=bad,
-            expected="Finite factors were expected",
-            todo="The file is damaged, or its training diverged: use an earlier one",
-        )
-    return found
+    return each_module(work, Steps(cut, cut_together), scored=False, progress=work.progress)
 
 
 def _always(rank: int, _: Spectrum) -> int:

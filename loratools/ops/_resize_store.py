@@ -15,6 +15,8 @@ from loratools.ops.as_lora import store_dtype
 from loratools.tensors import DTYPES, LazySource, TensorRef, from_torch
 
 BIASES = ("up_bias", "diff_b")
+# A relative error of rounding whose square no longer vanishes beside it.
+_COARSE = 0.03
 
 
 class Form(NamedTuple):
@@ -131,9 +133,10 @@ def _empty(shape: tuple[int, ...], dtype: str) -> TensorRef:
 
 
 def rounding(exact: Factors, rounded: Module, norm: float) -> float:
-    """What the store dtype rounded away, relative to ‖ΔW‖, to the first order of the rounding.
+    """What the store dtype rounded away, relative to ‖ΔW‖.
 
-    What is left out of ΔW is orthogonal to what is kept, so that the squares of both errors add up.
+    What is left out of ΔW is orthogonal to what is kept, so that the squares of both errors add up. Rounding counts to
+    its first order, where that is little.
 
     Args:
         exact: With √σ on both sides, so that UᵀU and DDᵀ are the same diagonal matrix.
@@ -148,4 +151,11 @@ def rounding(exact: Factors, rounded: Module, norm: float) -> float:
     sizes = exact.up.square().sum(dim=0)
     apart = sizes @ (left.square().sum(dim=0) + right.square().sum(dim=1))
     mixed = ((left.T @ exact.up) * (exact.down @ right.T)).sum()
-    return abs(rounded.scale) * math.sqrt(max(0.0, float(apart + 2.0 * mixed))) / norm
+    lost = abs(rounded.scale) * math.sqrt(max(0.0, float(apart + 2.0 * mixed))) / norm
+    if lost < _COARSE:
+        return lost
+    # And with δU·δD, as ‖δU·(D + δD) + U·δD‖².
+    after = exact.down + right
+    whole = ((left.T @ left) * (after @ after.T)).sum() + (sizes * right.square().sum(dim=1)).sum()
+    whole += 2.0 * ((left.T @ exact.up) * (after @ right.T)).sum()
+    return abs(rounded.scale) * math.sqrt(max(0.0, float(whole))) / norm

@@ -81,9 +81,13 @@ def compare(
     common = _compare_inputs.common_arch(found.adapters)
     _compare_inputs.refuse(found.adapters, base)
     place = usable(device, wanted=torch.float64)
+    held = Weights(keys_of(base), common) if base is not None else None
+    if held is not None:
+        found = found._replace(adapters=_compare_inputs.unpacked(found.adapters, held.base))
     targets = _targets(found.adapters, common)
-    with Weights(keys_of(base), common) if base is not None else nullcontext() as held:
-        job = Job(given, held, place, detailed, rows=0 if exact else SAMPLED_ROWS)
+    with held or nullcontext():
+        rows = 0 if exact else SAMPLED_ROWS
+        job = Job(given, held, place, detailed, rows=rows, angles=modules)
         collected = Collected(len(adapters), detailed=detailed, modules=modules)
         _run(job, targets, collected, threads, progress)
     _refuse_found(collected, found.adapters)
@@ -128,6 +132,8 @@ def _refuse_found(collected: Collected, adapters: Sequence[Adapter]) -> None:
             f"{len(collected.refused)} modules cannot be compared: {problem}",
             path=adapters[source].path or None,
             keys=[target for _, target, _ in collected.refused],
+            expected="A ΔW for every module was expected: of DoRA and some kinds the base's weights are a part",
+            todo="Give the base that the adapter was trained on with --base",
         )
     if collected.nonfinite:
         source = collected.nonfinite[0][0]

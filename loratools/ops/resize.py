@@ -1,9 +1,10 @@
 """One adapter at lower ranks: the best approximation of every ΔW, found in factor space.
 
 By Eckart, Young and Mirsky nothing of a rank is nearer to ΔW than its truncated singular value decomposition. It is
-computed from the factors (``maths.lowrank``), in float64, of one module per thread at a time; what is held of all
-modules is the result in its store dtype. Where ranks depend on all modules (a size, scores against a base, a server's
-one rank), spectra are computed first and the factors in a second pass, so that no more is held then either.
+computed from the factors (``maths.lowrank``), in float64, of one module per thread at a time, on an accelerator of
+batches of modules of one make-up (``_batching``); what is held of all modules is the result in its store dtype. Where
+ranks depend on all modules (a size, scores against a base, a server's one rank), spectra are computed first and the
+factors in a second pass, so that no more is held then either.
 
 Unlike sd-scripts' ``resize_lora``, which keeps one direction more than its rules ask for, ranks are the exact minima;
 1x1 convolutions count as linear; √σ goes into both factors; and the scale goes into them, so that alpha is the rank,
@@ -20,12 +21,16 @@ from typing import Any
 import torch
 
 from loratools import formats
+from loratools.errors import OptionError
+from loratools.io.base import config_of
 from loratools.model import Adapter
-from loratools.ops import _resize_layout, _resize_report, files
+from loratools.ops import _moe_open, _resize_layout, _resize_report, files
 from loratools.ops._base_weights import Weights
+from loratools.ops._batching import batch_bytes
 from loratools.ops._device import usable
+from loratools.ops._resize_each import Progress, Work
 from loratools.ops._resize_options import options
-from loratools.ops._resize_run import Progress, Work, common_alpha, run, to_cut
+from loratools.ops._resize_run import common_alpha, run, to_cut
 from loratools.ops._resize_store import Form
 from loratools.ops.resize_results import ResizeReport
 
@@ -105,17 +110,46 @@ def resize(
     goal = _resize_layout.goal(adapter, layout)
     early = _resize_layout.comes_first(adapter, goal, asked)
     given = _resize_layout.converted(adapter, goal, base, drop) if early else adapter
+    given, experts = _opened(given, base, size=size, against=against)
     given, known = _resize_layout.matched(given, base, against)
     with ExitStack() as stack:
         weights = [stack.enter_context(Weights(each, given.arch)) if each else None for each in known]
         modules = to_cut(given, asked, weights[0])
         form = Form(asked.dtype, common_alpha(given.layout, modules, asked), place)
-        work = Work(given, modules, asked, form, weights[0], weights[1], threads, progress)
+        work = Work(
+            given, modules, asked, form, weights[0], weights[1], threads, progress, batch_bytes(place)
+        )
         result, report = run(work, adapter)
+    result = experts.closed(result)
     if result.layout.name == goal:
         return result, report
     result = _resize_layout.converted(result, goal, base, drop)
     return result, _resize_report.in_layout(report, result)
+
+
+def _opened(
+    adapter: Adapter,
+    base: files.PathLike | None,
+    *,
+    size: str | int | None,
+    against: files.PathLike | None,
+) -> tuple[Adapter, _moe_open.Closing]:
+    """The adapter with a module for every expert, each of which is cut by itself; the result has the largest rank.
+
+    Raises:
+        OptionError: A rule is asked for that looks at more than the experts' own factors.
+    """
+    (found,), closing = _moe_open.opened([adapter], None, {} if base is None else config_of(base)[1])
+    given = [name for name, value in (("--size", size), ("--against", against), ("--base", base)) if value]
+    if closing.counts and given:
+        raise OptionError(
+            f"{' and '.join(given)} cannot be combined with fused experts, whose ranks are filled up to the largest",
+            path=adapter.path or None,
+            keys=[str(target) for target in closing.counts],
+            expected="--rank, --energy, --ratio or --error was expected",
+            todo="Write a module for each expert with `loratools convert --experts split` first",
+        )
+    return found, closing
 
 
 def resize_file(

@@ -141,11 +141,11 @@ def _columns(relations: Sequence[Relation]) -> list[Column]:
 
 
 def _matrix(matrix: Matrix, width: int, symbols: Symbols) -> RenderableType:
-    """Cosines of all pairs; the last columns go first where there is no room, and are named."""
+    """Cosines of all pairs, a dash where there is none; the last columns go first for want of room, and are named."""
     numbers = [str(index + 1) for index in range(len(matrix))]
     columns = [Column("", numbers, right=True)]
     for index, number in enumerate(numbers):
-        cells = [_signed(row[index]) for row in matrix]
+        cells = [_signed(row[index]) or symbols.dash for row in matrix]
         columns.append(Column(number, cells, right=True, priority=index + 1))
     return table(columns, width=width, symbols=symbols, title="cosines")
 

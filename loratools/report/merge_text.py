@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from loratools.ops.results import MergeReport
-from loratools.report import values
+from loratools.report import checkpoint_parts, values
 from loratools.report.info_text import rank_histograms
 from loratools.report.table_text import short_paths
 from loratools.report.tables import Column, pairs, table
 from loratools.report.values import Symbols, clean
+
+if TYPE_CHECKING:
+    from loratools.ops.merge_results import MergedModule, MergeReport
 
 _KEYS_SHOWN = 5
 _HITS_SHOWN = 12
@@ -33,10 +36,10 @@ def merge_text(report: MergeReport, *, width: int, symbols: Symbols, dry_run: bo
         _inputs(report, width, symbols),
         pairs(_facts(report, symbols, dry_run), width=width),
     ]
-    components = _ranks_by_component(report)
-    varied = {name: ranks for name, ranks in components.items() if len(ranks) > 2}
-    if len(components) > 1 or dry_run:
-        parts.append(_components(report, components, width, symbols))
+    ranks = {name: _ranks(own.modules) for name, own in report.components().items()}
+    varied = {name: counts for name, counts in ranks.items() if len(counts) > 2}
+    if len(ranks) > 1 or dry_run:
+        parts.append(_components(report, width, symbols))
     if varied:
         parts.append(rank_histograms(varied, width, symbols))
     notes = [Text(f"Note: {clean(note)}", style="yellow") for note in report.notes]
@@ -52,6 +55,7 @@ def _inputs(report: MergeReport, width: int, symbols: Symbols) -> RenderableType
         Column("modules", [f"{one.get('modules', 0):,}" for one in each], right=True, priority=1),
         Column("layout", [clean(one.get("layout", "")) for one in each], priority=2),
         Column("architecture", [clean(one.get("arch", "")) for one in each], priority=3),
+        Column("size", [_size(one.get("bytes", 0)) for one in each], right=True, priority=3),
         Column("sha256", [clean(one.get("sha256", ""))[:12] for one in each], priority=4),
     ]
     return table(columns, width=width, symbols=symbols)
@@ -62,8 +66,10 @@ def _facts(report: MergeReport, symbols: Symbols, dry_run: bool) -> Iterator[tup
     yield "method", ", ".join([clean(report.method), *options])
     yield from _multipliers(report)
     yield "modules", f"{len(report.modules):,}, {_shares(report)}"
-    yield "rank", values.counts(report.ranks, symbols, limit=6)
+    before = values.ranks(_before(report.modules), symbols)
+    yield "rank", f"{before or 'none'} before, {values.counts(report.ranks, symbols, limit=6)} now"
     yield "energy kept", f"{values.percentage(report.energy)} of the method's full-rank result"
+    yield "error", f"{checkpoint_parts.error(report.error)} of that, before rounding"
     yield "dtype", values.counts(report.dtypes, symbols)
     if report.carried:
         yield "carried", _keys(report.carried)
@@ -105,26 +111,33 @@ def _keys(keys: Sequence[str]) -> str:
     return f"{values.plural(len(keys), 'tensor')} of no module: {first}{more}"
 
 
-def _ranks_by_component(report: MergeReport) -> dict[str, Counter[int]]:
-    found: dict[str, Counter[int]] = {}
-    for module in report.modules:
-        found.setdefault(module.component, Counter())[module.rank] += 1
-    return found
+def _size(count: int) -> str:
+    return values.size(count) if count else ""
 
 
-def _components(
-    report: MergeReport, components: Mapping[str, Mapping[int, int]], width: int, symbols: Symbols
-) -> RenderableType:
-    worst = [_least_energy(report, name) for name in components]
+def _ranks(modules: Iterable[MergedModule]) -> Counter[int]:
+    return Counter(module.rank for module in modules)
+
+
+def _before(modules: Iterable[MergedModule]) -> Counter[int]:
+    """How many modules of the inputs have each rank."""
+    return Counter(rank for module in modules for rank in module.before)
+
+
+def _components(report: MergeReport, width: int, symbols: Symbols) -> RenderableType:
+    groups = report.components()
+    every = list(groups.values())
     columns = [
-        Column("component", [clean(name) for name in components], fold=12),
-        Column("modules", [f"{sum(ranks.values()):,}" for ranks in components.values()], right=True),
-        Column("rank", [values.ranks(ranks, symbols) for ranks in components.values()], right=True),
-        Column("least energy kept", [values.percentage(energy) for energy in worst], right=True, priority=1),
+        Column("component", [clean(name) for name in groups], fold=12),
+        Column("modules", [f"{len(own.modules):,}" for own in every], right=True),
+        Column("before", [values.ranks(_before(own.modules), symbols) for own in every], right=True),
+        Column("rank", [values.ranks(_ranks(own.modules), symbols) for own in every], right=True),
+        Column("energy kept", [values.percentage(own.energy) for own in every], right=True, priority=1),
+        Column("error", [checkpoint_parts.error(own.error) for own in every], right=True, priority=1),
+        Column("least energy kept", [_least(own.modules) for own in every], right=True, priority=2),
     ]
     return table(columns, width=width, symbols=symbols)
 
 
-def _least_energy(report: MergeReport, component: str) -> float:
-    energies = [module.energy for module in report.modules if module.component == component]
-    return min((1.0 if energy is None else energy for energy in energies), default=1.0)
+def _least(modules: Iterable[MergedModule]) -> str:
+    return values.percentage(min(module.kept for module in modules))

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -105,14 +106,28 @@ def timed(command: list[str]) -> float:
     return time.perf_counter() - start
 
 
-def compare(name: str, ours: list[str], other: list[str], runs: int = 21) -> float:
+class Compared(NamedTuple):
+    """Two commands that ran in turn.
+
+    Attributes:
+        ratio: The median of the pairwise ratios of their times.
+        mine: The median time of the first, seconds.
+        theirs: Of the second.
+    """
+
+    ratio: float
+    mine: float
+    theirs: float
+
+
+def compare(name: str, ours: list[str], other: list[str], runs: int = 21) -> Compared:
     """Run two commands in turn and print the median of the pairwise ratios."""
     timed(ours), timed(other)
     pairs = [(timed(ours), timed(other)) for _ in range(runs)]
     ratio = statistics.median(mine / theirs for mine, theirs in pairs)
     mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
     print(f"{name}: {mine * 1000:.0f} ms against {theirs * 1000:.0f} ms, ratio {ratio:.2f}")
-    return ratio
+    return Compared(ratio, mine, theirs)
 
 
 PYTHON = sys.executable

@@ -197,3 +197,12 @@ def test_nearly_dependent_columns_are_as_exact_as_any(closeness: float) -> None:
     whole = compress(factors)
     assert float((whole.factors.delta() - dense).norm() / dense.norm()) < 1e-12
     assert whole.factors.rank == (3 if closeness == 0.0 else 6)
+
+
+@pytest.mark.parametrize("rank", [None, 1])
+def test_what_cancels_is_of_no_size(rank):
+    """Its singular values are rounding, and none of them is in the factors."""
+    one = random_factors(14, 3, 11)
+    found = compress(stack([one, one], [1.0, -1.0]), rank)
+    assert not found.factors.delta().any()
+    assert (found.factors.rank, found.energy, found.square) == (1, 1.0, 0.0)

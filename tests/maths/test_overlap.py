@@ -30,10 +30,19 @@ def basis(n, k, seed=0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, COMPUTE])
-# The last needs several blocks of columns, one matrix of which is wider than a block by itself.
-@pytest.mark.parametrize("ranks", [(3,), (2, 5, 1, 20), (300, 200, 600, 1, 250)])
-def test_inner_products_are_those_of_the_matrices(ranks, dtype):
-    parts = made(ranks=ranks, dtype=dtype)
+# One matrix; so many columns that the matrices themselves are multiplied, whole and a few rows at a time; and several
+# blocks of columns, one matrix of which is wider than a block by itself.
+@pytest.mark.parametrize(
+    ("ranks", "shape"),
+    [
+        ((3,), (14, 11)),
+        ((2, 5, 1, 20), (14, 11)),
+        ((800, 700, 1), (2000, 1000)),
+        ((300, 200, 600, 1, 250), (1400, 1400)),
+    ],
+)
+def test_inner_products_are_those_of_the_matrices(ranks, shape, dtype):
+    parts = made(shape, ranks, dtype=dtype)
     scales = [(-1.0) ** index * (0.5 + index) for index in range(len(ranks))]
     deltas = [scale * part.delta().flatten() for part, scale in zip(parts, scales, strict=True)]
     found = overlap.gram(parts, scales)
@@ -70,9 +79,6 @@ def test_angles_are_those_of_scipy(p, q):
     found = overlap.principal_angles(one, other)
     wanted = np.sort(scipy.linalg.subspace_angles(one.numpy(), other.numpy()))
     np.testing.assert_allclose(found.numpy(), wanted, atol=1e-12)
-    assert overlap.overlap(found) == pytest.approx(
-        float((one.T @ other).square().sum()) / min(p, q), rel=1e-12
-    )
 
 
 def test_a_small_angle_keeps_its_digits():
@@ -84,24 +90,30 @@ def test_a_small_angle_keeps_its_digits():
     assert float(found[1]) == pytest.approx(1e-9, rel=1e-5)
 
 
-def test_overlap_is_1_within_0_across_and_nothing_where_there_is_no_space():
+def test_shared_squares_are_those_of_the_principal_angles():
+    bases = [basis(12, width, seed) for seed, width in enumerate((3, 1, 5, 0, 9))]
+    found = overlap.shared_squares(bases)
+    for first, one in enumerate(bases):
+        for second, other in enumerate(bases):
+            wanted = 0.0
+            if one.shape[1] and other.shape[1]:
+                wanted = float(np.sum(np.cos(scipy.linalg.subspace_angles(one.numpy(), other.numpy())) ** 2))
+            assert float(found[first, second]) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_a_space_within_another_is_shared_wholly_and_one_across_not_at_all():
     frame = basis(10, 6)
-    assert overlap.overlap(overlap.principal_angles(frame[:, :2], frame[:, :5])) == pytest.approx(
-        1.0, abs=1e-14
-    )
-    assert overlap.overlap(overlap.principal_angles(frame[:, :2], frame[:, 2:])) == pytest.approx(
-        0.0, abs=1e-14
-    )
-    assert overlap.overlap(overlap.principal_angles(frame[:, :0], frame)) is None
+    found = overlap.shared_squares([frame[:, :2], frame[:, :5], frame[:, 2:]])
+    assert float(found[0, 1]) == pytest.approx(2.0, abs=1e-13)
+    assert float(found[0, 2]) == pytest.approx(0.0, abs=1e-13)
 
 
-def test_chance_is_what_random_spaces_overlap():
+def test_random_spaces_share_what_is_said():
     found = [
-        overlap.overlap(overlap.principal_angles(basis(20, 3, 2 * seed), basis(20, 5, 2 * seed + 1)))
+        float(overlap.shared_squares([basis(20, 3, 2 * seed), basis(20, 5, 2 * seed + 1)])[0, 1])
         for seed in range(300)
     ]
-    assert np.mean(found) == pytest.approx(overlap.chance_overlap((3, 5), 20), abs=0.015)
-    assert overlap.chance_overlap((3, 30), 20) == 1.0
+    assert np.mean(found) == pytest.approx(3 * 5 / 20, abs=0.045)
 
 
 @pytest.mark.parametrize("shape", [(14, 11), (3, 20), (20, 3)])
@@ -140,14 +152,14 @@ def test_the_space_of_nan_is_refused():
 def test_sign_sums_are_those_over_elements():
     tiles = [part.delta() for part in made(ranks=(2, 5, 1))]
     found = overlap.sign_sums(tiles)
-    assert set(found) == {(0, 1), (0, 2), (1, 2)}
-    for (first, second), signs in found.items():
-        opposite = total = 0.0
-        for a, b in zip(tiles[first].flatten().tolist(), tiles[second].flatten().tolist(), strict=True):
-            total += abs(a * b)
-            opposite += abs(a * b) if a * b < 0.0 else 0.0
-        assert signs.opposite == pytest.approx(opposite, rel=1e-11)
-        assert signs.total == pytest.approx(total, rel=1e-11)
+    for first, one in enumerate(tiles):
+        for second, other in enumerate(tiles):
+            opposite = total = 0.0
+            for a, b in zip(one.flatten().tolist(), other.flatten().tolist(), strict=True):
+                total += abs(a * b)
+                opposite += abs(a * b) if a * b < 0.0 else 0.0
+            assert float(found.opposite[first, second]) == pytest.approx(opposite, rel=1e-11, abs=1e-11)
+            assert float(found.total[first, second]) == pytest.approx(total, rel=1e-11)
 
 
 def test_sampled_rows_belong_to_the_name():

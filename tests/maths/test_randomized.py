@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from loratools.errors import NonFiniteError, OptionError
+from loratools.maths import tiles
 from loratools.maths.lowrank import COMPUTE, Factors
 from loratools.maths.randomized import compress_operator
-from loratools.maths.tiles import held, product, tile_height
+from loratools.maths.tiles import grouped, held, product, tile_height
 
 
 def tiles_of(matrix, height=50):
@@ -116,3 +117,17 @@ def test_only_small_matrices_are_held():
     kept, streamed = (held(product(factors), factors.shape, limit) for limit in (size, size - 1))
     assert next(kept())[1] is next(kept())[1]
     assert next(streamed())[1] is not next(streamed())[1]
+
+
+@pytest.mark.parametrize("elements", [1, 40, 1000])
+def test_groups_are_whole_tiles_in_order(monkeypatch, elements):
+    monkeypatch.setattr(tiles, "_GROUP_ELEMENTS", elements)
+    matrix = gaussian(23, 6)
+    found = list(grouped(tiles_of(matrix, 4))())
+    assert torch.equal(torch.cat([tile for _, tile in found]), matrix)
+    at = 0
+    for start, tile in found:
+        assert start == at
+        at += tile.shape[0]
+        assert tile.numel() >= elements or at == 23
+    assert len(found) == {1: 6, 40: 3, 1000: 1}[elements]

@@ -85,6 +85,17 @@ def test_energy_and_error_are_reached_and_not_by_one_rank_less(sigma, value):
 
 
 @pytest.mark.parametrize(
+    ("value", "rank"), [(2e-3, 1), (9e-4, 2), (1e-6, 2), (9e-7, 3), (2e-9, 3), (9e-10, 4), (9e-13, 5)]
+)
+def test_small_errors_are_told_apart(value, rank):
+    """Their squares are below the rounding of the whole energy."""
+    sigma = np.array([1.0, 1e-3, 0.99e-6, 0.99e-9, 0.99e-12])
+    assert needed(Rule("error", value), sigma, float(np.square(sigma).sum()), 5) == rank
+    # Where more may follow, what is lost is known no better than the whole.
+    assert needed(Rule("error", 1e-12), sigma[:2], 1.0 + 1e-6 + 1e-12, 5) is None
+
+
+@pytest.mark.parametrize(
     "rule",
     [
         Rule("rank", 0),

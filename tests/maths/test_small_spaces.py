@@ -9,8 +9,6 @@ import torch
 
 from loratools.errors import NonFiniteError, OptionError
 from loratools.maths.boost import boosted
-from loratools.maths.disjoint import elected_mean, thinned
-from loratools.maths.draws import key_of, uniform
 from loratools.maths.knots import knots
 from loratools.maths.lowrank import COMPUTE, Factors
 from loratools.maths.orthogonal import leading, orthogonal_sum, polar
@@ -64,6 +62,23 @@ def test_a_side_that_is_spanned_whole_needs_no_basis():
     space = reduced(made(ranks=(6, 6)), [1.0, 1.0])
     assert space.right is None
     assert space.left is not None
+
+
+def test_aligned_bases_do_not_depend_on_order_or_balance():
+    parts = made()
+    space = reduced_aligned(parts, WEIGHTS)
+    uneven = [Factors(part.up * 8, part.down / 8) for part in parts]
+    again = reduced_aligned(uneven[::-1], WEIGHTS[::-1])
+    for small, other in zip(space.parts, again.parts[::-1], strict=True):
+        close(small.delta(), other.delta())
+
+
+@pytest.mark.parametrize("build", [reduced, reduced_aligned])
+def test_spaces_refuse_nan(build):
+    parts = made()
+    parts[0].up[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError):
+        build(parts, WEIGHTS)
 
 
 def test_aligned_bases_hold_no_direction_twice():
@@ -136,6 +151,17 @@ def test_polar_takes_equal_directions_once():
     close(twice @ twice.T, columns @ columns.T)
 
 
+@pytest.mark.parametrize(("alike", "ratio"), [(0.0, 0.9), (0.99999, 1e-5)])
+def test_polar_of_many_columns_is_orthonormal_however_alike_they_are(alike, ratio):
+    columns = torch.nn.functional.normalize(made((200, 40), (40,))[0].delta(), dim=0)
+    columns = torch.nn.functional.normalize((1 - alike) * columns + alike * columns[:, :1], dim=0)
+    assert float(torch.linalg.svdvals(columns)[-1]) < ratio
+    found = polar(columns)
+    torch.testing.assert_close(found.T @ found, eye(40), rtol=0, atol=1e-12)
+    u, _, vh = torch.linalg.svd(columns, full_matrices=False)
+    torch.testing.assert_close(found, u @ vh, rtol=0, atol=1e-8 if alike else 1e-12)
+
+
 def test_an_orthogonal_sum_of_orthogonal_matrices_is_their_sum():
     up, down = (
         torch.linalg.qr(torch.randn(10, 5, dtype=COMPUTE, generator=torch.Generator().manual_seed(1))).Q,
@@ -168,35 +194,10 @@ def test_knots_are_the_singular_vectors_of_the_concatenation(ranks):
     u, sigma, _ = torch.linalg.svd(dense, full_matrices=False)
     kept = min(14, sum(ranks))
     assert tied.basis.shape == (14, kept)
-    together = torch.cat(list(tied.components()), dim=1)
+    together = torch.cat([part.delta() for part in tied.parts], dim=1)
     close(tied.basis @ together, dense)
     close(together.norm(dim=1), sigma[:kept])
     close((tied.basis.T @ u[:, :kept]).abs(), eye(kept))
-
-
-def test_elected_mean_agrees_with_the_sign_of_the_sum():
-    matrices = [
-        torch.tensor([[3.0, 1.0, 4.0, 0.0]], dtype=COMPUTE),
-        torch.tensor([[-1.0, 1.0, -4.0 * (1 + 2.0**-50), 0.0]], dtype=COMPUTE),
-        torch.tensor([[2.0, -5.0, 0.0, 0.0]], dtype=COMPUTE),
-    ]
-    # The third column cancels up to rounding, the last one is empty.
-    close(elected_mean(matrices, 1.0), torch.tensor([[2.5, -5.0, 0.0, 0.0]], dtype=COMPUTE))
-    close(elected_mean(iter(matrices), 0.25), torch.tensor([[0.0, -5.0, 0.0, 0.0]], dtype=COMPUTE))
-
-
-def test_elected_mean_refuses_nan():
-    with pytest.raises(NonFiniteError):
-        elected_mean([torch.full((3, 3), torch.nan, dtype=COMPUTE)], 0.5)
-
-
-def test_thinned_keeps_by_place():
-    matrix, key = made()[0].delta(), key_of(1, "m", 0)
-    found = thinned(matrix, 0.3, key)
-    kept = uniform(key, 0, (14, 11)) < 0.3
-    assert torch.equal(found != 0, kept)
-    close(found[kept], matrix[kept] / 0.3)
-    assert torch.equal(thinned(matrix, 1.0, key), matrix)
 
 
 def test_groups_are_found_up_to_sign():
@@ -230,13 +231,17 @@ def test_groups_lose_as_little_as_any_others(count):
     assert float((units - members @ centres).square().sum()) == pytest.approx(best, rel=1e-9)
 
 
-def test_a_joined_unit_is_as_long_as_its_members_are():
+def test_a_joined_unit_is_as_large_as_its_members_are():
     units = torch.tensor([[2.0, 0.0, 2.0, 0.0], [0.0, 1.0, 0.0, 1.0], [-4.0, 0.0, -4.0, 0.0]], dtype=COMPUTE)
     members = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], dtype=COMPUTE)
     plus = torch.ones(3, dtype=COMPUTE)
     close(joined(units, members, 2, plus), torch.tensor([[3.0, 0, 3, 0], [0, 1, 0, 1]], dtype=COMPUTE))
     found = joined(units, members, 2, torch.tensor([1.0, -1.0, -1.0], dtype=COMPUTE))
     close(found, torch.tensor([[-1.8, 0, 3, 0], [0, -1, 0, 1]], dtype=COMPUTE))
+    # By the largest entry and not by length: of 3 and 4 the mean is 3.5.
+    units = torch.tensor([[3.0, 0.0, 0.0, 3.0], [0.0, -4.0, 0.0, 0.0]], dtype=COMPUTE)
+    whole = joined(units, torch.ones(2, 1, dtype=COMPUTE), 2, plus[:2])
+    close(whole, torch.tensor([[2.625, -3.5, 0, 2.625]], dtype=COMPUTE))
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratools.errors import NonFiniteError, OptionError
-from loratools.maths import sparsify
+from loratools.maths import _bracket, sparsify
 from loratools.maths.sparsify import band_cut, kept_count, magnitude_cut, places_in_rows
 from loratools.maths.thinning import row_probabilities, thinned, thinned_by_rank
 
@@ -52,6 +54,60 @@ def test_any_tiling_keeps_what_sorting_keeps(shape, density, levels, dtype, seed
         assert torch.equal(mask_by_tiles(matrix, density, height), expected)
 
 
+@few
+@given(
+    shape=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    density=st.floats(0.01, 1.0),
+    levels=st.sampled_from([1, 3, 50, None]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 99),
+)
+def test_trimmed_is_what_the_mask_keeps(shape, density, levels, dtype, seed):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    matrix = (matrix if levels is None else (matrix * levels / 3).round()).to(dtype)
+    numel = matrix.numel()
+    for chosen in (magnitude_cut, lambda *given: band_cut(*given, 0.1)):
+        cut = chosen(tiles_of(matrix, 3), numel, density)
+        for height in (1, 7):
+            for start, tile in tiles_of(matrix, height)():
+                before = tile.clone()
+                assert torch.equal(cut.trimmed(start, tile), torch.where(cut.kept(start, tile), tile, 0.0))
+                assert torch.equal(tile, before)
+
+
+@pytest.mark.parametrize("kind", ["columns", "rows", "block", "normal", "column"])
+@pytest.mark.parametrize("density", [1e-5, 0.003, 0.2, 0.9999])
+def test_large_matrices_are_cut_where_sorting_cuts_them(kind, density):
+    generator = torch.Generator().manual_seed(3)
+    matrix = torch.randn(210, 512, generator=generator, dtype=torch.float64)
+    if kind == "columns":
+        matrix *= torch.logspace(0, -9, 512, dtype=torch.float64)
+    elif kind == "rows":
+        matrix *= torch.logspace(0, -9, 210, dtype=torch.float64)[:, None]
+    elif kind == "block":
+        matrix[:150, 60:] *= 1e-12
+    elif kind == "column":
+        matrix[:, 1:] = 0.0
+    assert torch.equal(mask_by_tiles(matrix, density, 50), mask_by_sorting(matrix, density))
+
+
+def test_a_sample_that_misleads_changes_nothing(monkeypatch):
+    matrix = torch.randn(40, 30, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    expected = mask_by_sorting(matrix, 0.3)
+    for low, high in ((2.0, 2.1), (0.0, 0.1), (0.5, math.inf), (3.0, 3.0)):
+        monkeypatch.setattr(_bracket, "_bracket", lambda _sample, _share, ends=(low, high): ends)
+        assert torch.equal(mask_by_tiles(matrix, 0.3, 7), expected)
+
+
+def test_a_sample_meets_every_column():
+    matrix = torch.arange(64 * 64, dtype=torch.float64).view(64, 64) % 64
+    assert _bracket.sample(tiles_of(matrix, 5), matrix.numel()).unique().numel() == 64
+    assert torch.equal(
+        _bracket.sample(tiles_of(matrix, 5), matrix.numel()),
+        _bracket.sample(tiles_of(matrix, 64), matrix.numel()),
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["distinct", "near", "equal", "two", "zero", "wide"])
 def test_digits_are_refined_where_a_bin_holds_too_many(monkeypatch, kind, dtype):
@@ -86,9 +142,14 @@ def test_densities_outside_the_range_are_refused(density):
         kept_count(density, 10)
 
 
-def test_non_finite_values_are_refused():
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_non_finite_values_are_refused(value):
     with pytest.raises(NonFiniteError):
-        magnitude_cut(tiles_of(torch.tensor([[1.0, torch.nan]]), 1), 2, 0.5)
+        magnitude_cut(tiles_of(torch.tensor([[1.0, value]]), 1), 2, 0.5)
+    late = torch.ones(300, 7)
+    late[299, 6] = value
+    with pytest.raises(NonFiniteError):
+        magnitude_cut(tiles_of(late, 50), late.numel(), 0.5)
 
 
 @few

@@ -276,8 +276,8 @@ def best_groups(units, count):
                 ]
                 centre = sum(mine) / len(mine)
                 loss += sum(float((unit - centre).square().sum()) for unit in mine)
-                length = sum(float(unit.norm()) for unit in mine) / len(mine)
-                centres.append(centre / centre.norm() * length)
+                largest = sum(float(unit.abs().max()) for unit in mine) / len(mine)
+                centres.append(centre / centre.abs().max() * largest)
             if loss < best[0] - 1e-12:
                 best = (loss, centres)
     return best[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from loratools.errors import (
     ArchitectureError,
     NonFiniteError,
     OptionError,
+    ShapeError,
     UnsupportedKindError,
 )
+from loratools.io.reader import open_tensors
 from loratools.ops.compare import DETAILED, compare
 
 
@@ -370,3 +373,120 @@ def test_progress_counts_the_targets(pair):
     report = compare([each.path for each in pair], progress=lambda *each: seen.append(each))
     assert [number for _, number, _ in seen] == list(range(1, report.targets + 1))
     assert {total for _, _, total in seen} == {report.targets}
+
+
+OWNER = "layers.0.mlp.experts"
+
+
+def stacked(path: Path, seed: int, count: int = 3, rank: int = 2, owner: str = OWNER):
+    """An adapter of fused experts, stacked in three axes, and its ΔW (experts, out, in)."""
+    generator = torch.Generator().manual_seed(seed)
+    up, down = (
+        torch.randn(count, 10, rank, generator=generator),
+        torch.randn(count, rank, 6, generator=generator),
+    )
+    stem = f"base_model.model.model.{owner}"
+    tensors = {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+    make.write_safetensors(path, tensors, None)
+    return torch.bmm(up.double(), down.double()).numpy()
+
+
+def test_fused_experts_are_compared_as_one_block_diagonal_matrix(tmp_path: Path):
+    paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    deltas = [stacked(path, seed, rank=2 + seed) for seed, path in enumerate(paths)]
+    dense = [{OWNER: scipy.linalg.block_diag(*delta)} for delta in deltas]
+    report = compare(paths, weights=[1.0, -0.5], modules=True, exact=True)
+    (found,) = report.pairs
+    assert figures(found.relation) == pytest.approx(
+        naive(dense[0], {OWNER: -0.5 * dense[1][OWNER]}), abs=1e-6
+    )
+    (module,) = found.modules
+    (ua, va), (ub, vb) = (space(each[OWNER]) for each in dense)
+    assert module.ranks == (6, 9)
+    assert module.relation.column_overlap == pytest.approx(overlap_of(ua, ub), abs=1e-6)
+    assert module.relation.row_overlap == pytest.approx(overlap_of(va, vb), abs=1e-6)
+    # Each expert's spaces lie among its own 10 outputs and 6 inputs.
+    assert module.relation.column_chance == pytest.approx(3.0 / 10)
+    assert module.relation.row_chance == pytest.approx(3.0 / 6)
+    angle = math.degrees(scipy.linalg.subspace_angles(ua, ub).min())
+    assert module.column_angle == pytest.approx(angle, abs=1e-3)
+    many = compare(paths * 9)
+    assert many.cosines[0][1] == pytest.approx(-found.relation.cosine, abs=1e-12)
+
+
+def test_experts_of_other_counts_and_nan_among_them_are_refused(tmp_path: Path):
+    one, two, bad = (tmp_path / f"{name}.safetensors" for name in ("one", "two", "bad"))
+    stacked(one, 1)
+    stacked(two, 2, count=4)
+    with pytest.raises(ShapeError, match="disagree on the shape") as caught:
+        compare([one, two])
+    assert "[3, 10, 6]" in caught.value.keys[0]
+    assert "[4, 10, 6]" in caught.value.keys[0]
+    tensors = {
+        ref.name: ref.load().clone() for ref in next(iter(lt.load(one).modules.values())).factors.values()
+    }
+    name = next(key for key in tensors if "lora_B" in key)
+    tensors[name][2, 0, 0] = math.nan
+    make.write_safetensors(bad, tensors, None)
+    with pytest.raises(NonFiniteError, match=r"bad\.safetensors: 1 tensors") as broken:
+        compare([one, bad])
+    assert broken.value.keys == (name,)
+
+
+def test_packed_experts_are_compared_with_the_base_that_counts_them(shared: Path):
+    case = shared / "oracle" / "peft_bake__mixtral_target_parameters"
+    adapter = lt.load(case / "input" / "adapter")
+    with pytest.raises(UnsupportedKindError, match="2 of 4 modules are LoRA on fused experts") as caught:
+        compare([adapter, adapter])
+    assert "--base" in str(caught.value)
+    report = compare([adapter, adapter], weights=[1.0, -2.0], base=case / "input" / "base", modules=True)
+    wanted = 0.0
+    with (
+        open_tensors(case / "input" / "base" / "model.safetensors") as before,
+        open_tensors(case / "expected" / "merged.safetensors") as merged,
+    ):
+        for key in merged.tensors:
+            change = merged.tensors[key].load().double() - before.tensors[key].load().double()
+            wanted += float(change.square().sum())
+    assert report.adapters[0].norm == pytest.approx(math.sqrt(wanted), rel=1e-5)
+    (found,) = report.pairs
+    assert (found.verdict, found.multiple) == ("scaled", pytest.approx(-2.0))
+    assert {f"model.{OWNER}.gate_up_proj", f"model.{OWNER}.down_proj"} < {
+        each.target for each in found.modules
+    }
+
+
+def test_two_ways_to_nest_experts_name_the_same_parameters(shared: Path, tmp_path: Path):
+    case = shared / "oracle" / "peft_bake__mixtral_target_parameters"
+    whole = lt.load(case / "input" / "adapter")
+    # The same file without the parameter that is wrapped innermost: what is left is then named as that was.
+    tensors = {ref.name: ref.load() for module in whole.modules.values() for ref in module.factors.values()}
+    nested = {key: each for key, each in tensors.items() if ".base_layer." not in key}
+    config = {**whole.config, "target_parameters": ["mlp.experts.down_proj"]}
+    (tmp_path / "alone").mkdir()
+    make.write_safetensors(tmp_path / "alone" / "adapter_model.safetensors", nested, None)
+    (tmp_path / "alone" / "adapter_config.json").write_text(json.dumps(config))
+    report = compare([whole, tmp_path / "alone"], base=case / "input" / "base", modules=True)
+    (found,) = report.pairs
+    same = {each.target for each in found.modules if each.relation.distance == pytest.approx(0.0, abs=1e-12)}
+    assert f"model.{OWNER}.down_proj" in same
+    assert report.adapters[1].missing == (f"model.{OWNER}.gate_up_proj",)
+
+
+def test_adapters_that_change_nothing_are_named(pair):
+    report = compare([pair[0].path, pair[0].path, pair[1].path], weights=[0.0, 1.0, 0.0])
+    assert report.cosines == ((None, None, None), (None, 1.0, None), (None, None, None))
+    assert any(note.startswith("1, 3 change nothing") for note in report.notes)
+    assert {each.verdict for each in report.pairs} == {"zero"}
+    assert report.same == ()
+
+
+def test_a_weight_of_two_shapes_is_named_with_both(tmp_path: Path):
+    for name, width in (("one", 6), ("two", 8)):
+        tensors = {
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, width),
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": torch.ones(10, 2),
+        }
+        make.write_safetensors(tmp_path / f"{name}.safetensors", tensors, None)
+    with pytest.raises(ShapeError, match=r"q_proj: \[10, 6\] against \[10, 8\]"):
+        compare([tmp_path / "one.safetensors", tmp_path / "two.safetensors"])

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import factories as make
 import pytest
 import torch
 
+import loratools as lt
 from loratools import methods
 from loratools.ops._compare_suggest import suggestion
 from loratools.ops.compare import compare
 from loratools.ops.compare_results import ComparedPair, Relation
+from tests.cli.running import invoke
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 OUT, INTO, RANK = 96, 80, 4
@@ -129,3 +132,97 @@ def test_chance_is_no_overlap():
     assert found is not None
     assert found.method == "linear"
     assert found.figures["excess overlap"] == pytest.approx(0.0)
+
+
+def turned(quarters):
+    """Two matrices on the same spaces, one turned against the other in half of its directions."""
+    up, down = factors(1, 8)
+    columns, rows = torch.linalg.qr(up).Q, torch.linalg.qr(down.T).Q.T
+    signs = torch.ones(8)
+    signs[: 2 * quarters] = -1.0
+    return (columns, rows), (columns * signs, rows)
+
+
+def cases():
+    up, down = factors(1)
+    mixed = up + 0.1 * factors(2)[0]
+    return {
+        "near copies": ([(up, down), (mixed, down)], "linear", (0.5, 0.5), "nearly the same"),
+        "unrelated": ([(up, down), factors(2)], "linear", (1.0, 1.0), "nearly orthogonal"),
+        "opposites": ([(up, down), (-up, down)], "linear", (1.0, 0.0), "2 of 1 (cosine -1.00)"),
+        "a weak opposite": ([(up, down), (-100.0 * up, down)], "linear", (0.0, 1.0), "1 of 2"),
+        "an opposite among others": (
+            [(up, down), factors(2), (-up, down)],
+            "linear",
+            (1.0, 1.0, 0.0),
+            "3 of 1 (cosine -1.00)",
+        ),
+        "nearly opposite": (
+            [(up, down), (-up + 0.5 * factors(2)[0], down)],
+            "ties",
+            (1.0, 1.0),
+            "against each",
+        ),
+        "signs in conflict": (turned(1), "linear", None, "agree in part"),
+        "evenly turned": (turned(2), "tsv", (1.0, 1.0), "the same directions"),
+        "100 times as strong": (
+            [(up, down), (100.0 * factors(2)[0], factors(2)[1])],
+            "linear",
+            (1.0, 1.0),
+            "0.0",
+        ),
+        "a higher rank": ([(up, down), factors(2, 32)], "linear", (1.0, 1.0), "nearly orthogonal"),
+        "two alike and one that is not": (
+            [(up, down), (mixed, down), factors(3)],
+            "linear",
+            None,
+            "agree in part",
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", cases())
+def test_what_is_suggested_suits_the_case_and_can_be_run(name, tmp_path: Path):
+    pairs, method, weights, words = cases()[name]
+    paths = written(tmp_path, *pairs)
+    found = suggested(paths)
+    assert found.method == method
+    assert weights is None or found.weights == weights
+    assert any(words in reason for reason in found.reasons), found.reasons
+    assert "-0.00" not in " ".join(found.reasons)
+    assert found.figures["energy of the sum"] is not None
+    asked = ["--method", found.method, "--weights", ",".join(f"{each:.3g}" for each in found.weights)]
+    result = invoke("merge", *paths, "-o", tmp_path / "merged", *asked)
+    assert result.exit_code == 0, result.stderr
+    assert math.sqrt(
+        sum(float(each.delta().norm()) ** 2 for each in lt.load(tmp_path / "merged").modules.values())
+    )
+
+
+def test_conflict_counts_where_adapters_are_related():
+    # Unrelated adapters conflict in half of their elements, which is nothing to mend.
+    relation = Relation(0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.5)
+    alike = Relation(0.99, 1.0, 0.1, 1.0, 1.0, 0.0, 0.0, 0.01)
+    pairs = [
+        ComparedPair(first, second, 1, "different", 0.0, 1e-6, each, {})
+        for first, second, each in ((0, 1, alike), (0, 2, relation), (1, 2, relation))
+    ]
+    cosines = ((1.0, 0.99, 0.0), (0.99, 1.0, 0.0), (0.0, 0.0, 1.0))
+    chosen = suggestion([1.0, 1.0, 1.0], cosines, pairs, [1.0, 1.0, 1.0], ())
+    assert chosen is not None
+    assert chosen.figures["sign conflict"] == 0.01
+    assert chosen.method == "linear"
+
+
+@pytest.mark.parametrize("cosine", [-1e-4, 1e-4, -0.0])
+def test_cosines_that_round_to_nothing_have_no_sign(cosine):
+    assert "-0.00" not in given(cosine, overlap=0.05).reasons[0]
+    assert "mean cosine 0.00" in given(cosine).reasons[0]
+
+
+def test_partial_opposition_is_not_called_agreement():
+    assert (
+        given(-0.2, 0.9, 0.6)
+        .reasons[0]
+        .startswith("They work against each other in part (mean cosine -0.20)")
+    )

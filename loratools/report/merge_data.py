@@ -1,0 +1,42 @@
+"""The document that ``merge`` writes with --json: every field of its report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from loratools.report.data import strict
+
+if TYPE_CHECKING:
+    from loratools.ops.merge_results import MergeReport
+
+
+def merge_json(report: MergeReport, *, dry_run: bool = False) -> dict[str, Any]:
+    """The document of ``merge --json``.
+
+    ``energy`` is the fraction of Σσ² of the method's full-rank result that was kept, ``error`` the relative error of ΔW
+    that this makes, by component and over all.
+
+    Args:
+        report: What the merge did.
+        dry_run: Whether nothing was written; ``bytes`` is then what would have been.
+    """
+    components = {
+        name: {
+            "modules": len(own.modules),
+            "rank_before": [each.before for each in own.modules],
+            "rank": [each.rank for each in own.modules],
+            "energy": own.energy,
+            "error": own.error,
+        }
+        for name, own in report.components().items()
+    }
+    found: dict[str, Any] = strict(
+        {
+            **report._asdict(),
+            "dry_run": dry_run,
+            "error": report.error,
+            "components": components,
+            "modules": [module._asdict() for module in report.modules],
+        }
+    )
+    return found
