@@ -1,4 +1,4 @@
-"""Files ↔ lazy tensors: safetensors, the pickles of torch.save, numpy's npz."""
+"""Files ↔ lazy tensors: safetensors, the pickles of torch.save, numpy's npz, GGUF."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from loratools.io.reader import open_tensors, sniff
 
 if TYPE_CHECKING:
     from loratools.io.atomic import atomic_folder, atomic_output
+    from loratools.io.gguf_writer import gguf_size, write_gguf
     from loratools.io.writer import write_safetensors
 
 __all__ = [
@@ -23,9 +24,11 @@ __all__ = [
     "build",
     "canonical_key",
     "canonical_order",
+    "gguf_size",
     "open_tensors",
     "parse",
     "sniff",
+    "write_gguf",
     "write_pickle_list",
     "write_safetensors",
 ]
@@ -34,6 +37,8 @@ __all__ = [
 _LATER = {
     "atomic_folder": "loratools.io.atomic",
     "atomic_output": "loratools.io.atomic",
+    "gguf_size": "loratools.io.gguf_writer",
+    "write_gguf": "loratools.io.gguf_writer",
     "write_pickle_list": "loratools.io.pickle_writer",
     "write_safetensors": "loratools.io.writer",
 }

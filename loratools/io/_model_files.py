@@ -162,13 +162,13 @@ def true_index(
     return {**said, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def read_config(folder: str) -> dict[str, Any]:
-    """The content of a folder's config.json; empty where it has none.
+def read_config(folder: str, name: str = CONFIG) -> dict[str, Any]:
+    """The content of a folder's config.json, or of another configuration in it; empty where it has none.
 
     Raises:
         MalformedFileError: It is not a JSON object.
     """
-    path = os.path.join(folder, CONFIG)
+    path = os.path.join(folder, name)
     if not os.path.isfile(path):
         return {}
     said = read_json(path, "the configuration")
@@ -177,7 +177,7 @@ def read_config(folder: str) -> dict[str, Any]:
             f"the configuration is a JSON {type(said).__name__}",
             path=path,
             expected="An object was expected",
-            todo="Download it again",
+            todo="Get it again from where it was made",
         )
     return said
 
@@ -236,11 +236,40 @@ def read_json(path: str, what: str) -> object:
     """
     try:
         with open(path, encoding="utf-8") as stream:
-            said: object = json.load(stream)
+            text = stream.read()
+        said: object = json.loads(text, object_pairs_hook=_once)
+        if "\\u" in text:  # half of a pair of surrogates is no character, and can be written nowhere
+            json.dumps(said, ensure_ascii=False).encode()
     except FileNotFoundError as error:
         raise MissingFileError("no such file", path=path, todo="Check the path") from error
     except RecursionError as error:
-        raise MalformedFileError(f"{what} is nested too deeply", path=path) from error
+        raise _unread(f"{what} is nested too deeply", path) from error
+    except _TwiceError as error:
+        raise _unread(
+            f"{what} states {error.args[0]!r} more than once, with different values", path
+        ) from error
     except (ValueError, OSError) as error:
-        raise MalformedFileError(f"{what} cannot be read: {error}", path=path) from error
+        raise _unread(f"{what} cannot be read: {error}", path) from error
     return said
+
+
+class _TwiceError(ValueError):
+    """A name that an object has twice; readers disagree about which of two counts."""
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        if name in found and found[name] != value:
+            raise _TwiceError(name)
+        found[name] = value
+    return found
+
+
+def _unread(problem: str, path: str) -> MalformedFileError:
+    return MalformedFileError(
+        problem,
+        path=path,
+        expected="JSON text in UTF-8, with every name once, was expected",
+        todo="Correct it, or get it again from where it was made",
+    )

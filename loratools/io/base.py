@@ -30,7 +30,18 @@ from loratools.io.mapped import MappedSource, TensorFile
 from loratools.io.reader import open_tensors
 from loratools.tensors import nbytes
 
-__all__ = ["INDEX", "Base", "Shard", "Weight", "keys_of", "load", "load_rows", "read_index", "tied"]
+__all__ = [
+    "INDEX",
+    "Base",
+    "Shard",
+    "Weight",
+    "config_of",
+    "keys_of",
+    "load",
+    "load_rows",
+    "read_index",
+    "tied",
+]
 
 _NETWORKS = ("unet", "transformer", "prior", "text_encoder")
 
@@ -133,6 +144,24 @@ def keys_of(path: str | os.PathLike[str]) -> Base:
     return Base(given, {"": weights}, shards=(shard,), configs={"": {}})
 
 
+def config_of(path: str | os.PathLike[str]) -> tuple[str, Mapping[str, Any]]:
+    """The configuration of a base model and where it lies, be its weights there or not; empty where it has none.
+
+    Args:
+        path: A model's folder, a configuration itself, or a file of weights with its configuration beside.
+
+    Raises:
+        MissingFileError: There is nothing of this name.
+        MalformedFileError: The configuration is not a JSON object.
+    """
+    given = os.fspath(path)
+    folder, name = os.path.split(given)
+    if name.endswith(".json") and not is_index(name) and os.path.isfile(given):
+        return given, read_config(folder or os.curdir, name)
+    place = given if os.path.isdir(given) else folder or os.curdir
+    return os.path.join(place, CONFIG), read_config(place)
+
+
 def tied(base: Base) -> tuple[tuple[Weight, ...], ...]:
     """Groups of tensors whose bytes are the same ones of the same file, so that changing one changes all of its group.
 
@@ -195,6 +224,13 @@ def _within(part: str, name: str) -> str:
 def _file(path: str, name: str, part: str) -> tuple[Shard, dict[str, Weight]]:
     """One file of tensors, by its header."""
     with open_tensors(path) as opened:
+        if opened.container == "gguf":
+            raise MalformedFileError(
+                "a GGUF file, whose weights are not read as a base model's",
+                path=path,
+                expected="The model as it was published was expected: safetensors, or a pickle of torch.save",
+                todo="Give the model that the GGUF file was made from",
+            )
         starts = _starts(opened)
         weights = {
             key: Weight(key, ref.shape, ref.dtype, path, starts.get(key))

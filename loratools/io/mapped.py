@@ -143,9 +143,9 @@ class TensorFile:
 
     Attributes:
         path: Where it was read from.
-        container: "safetensors", "pickle" or "npz".
+        container: "safetensors", "pickle", "npz" or "gguf".
         tensors: The tensors by key; their data is read on ``load()``.
-        metadata: The string metadata of a safetensors file.
+        metadata: The string metadata of a safetensors file; of a GGUF file its values as text.
         size: The file's size in bytes.
         objects: What a pickle holds besides tensors, by key: step counts, configurations, names.
         wrapper: The key of the dict that held a pickle's tensors ("state_dict", …), or empty.

@@ -16,6 +16,7 @@ __all__ = ["TensorFile", "open_tensors", "sniff"]
 _HEAD = 4096
 # A header length above this is not a length but some other file's text: eight letters are at least 2**61.
 _PLAUSIBLE = 2**40
+_GGUF = b"GGUF"
 
 
 class _Stranger(NamedTuple):
@@ -35,7 +36,6 @@ _STRANGERS = (
         "a git-lfs pointer, not the file it stands for",
         "Fetch the file with 'git lfs pull', or download it from its page",
     ),
-    _Stranger(b"GGUF", "a GGUF file, which cannot be read yet", _CONVERT),
     _Stranger(b"ggjt", "a GGML file, which cannot be read yet", _CONVERT),
     _Stranger(b"\x89HDF", "an HDF5 file (Keras), which cannot be read", _CONVERT),
     _Stranger(b"\x93NUMPY", "a single numpy array without a name", "Save it with numpy.savez under its key"),
@@ -57,7 +57,7 @@ _STRANGERS = (
 
 
 def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
-    """Open a file of tensors: safetensors, a pickle of torch.save, or numpy's npz; data is read on demand.
+    """Open a file of tensors: safetensors, a pickle of torch.save, numpy's npz or GGUF; data is read on demand.
 
     Raises:
         MissingFileError: There is no such file.
@@ -74,6 +74,10 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
             from loratools.io.npz import read_npz
 
             return read_npz(name, size)
+        if container == "gguf":
+            from loratools.io.gguf_files import read_gguf
+
+            return read_gguf(name, size)
         from loratools.io.pickles import read_pickle
 
         return read_pickle(name, size)
@@ -84,7 +88,7 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
 
 
 def sniff(path: str | os.PathLike[str]) -> str:
-    """The container of a file, by its content: "safetensors", "pickle" or "npz".
+    """The container of a file, by its content: "safetensors", "pickle", "npz" or "gguf".
 
     Raises:
         MissingFileError: There is no such file.
@@ -137,6 +141,8 @@ def _container(head: bytes, size: int, path: str) -> str:
     # like a pickle (640 is 80 02), so this comes before.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < _PLAUSIBLE:
         return "safetensors"
+    if head.startswith(_GGUF):
+        return "gguf"
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return "pickle"
     for stranger in _STRANGERS:
@@ -191,7 +197,7 @@ def _refuse(what: str, todo: str, path: str) -> NoReturn:
     raise MalformedFileError(
         what,
         path=path,
-        expected="Safetensors, a pickle of torch.save or numpy's npz were expected",
+        expected="Safetensors, a pickle of torch.save, numpy's npz or GGUF were expected",
         todo=todo,
     )
 

@@ -81,7 +81,7 @@ def _write_data(
     """Write tensors one by one, and compute the digests of what is written."""
     with Running(computed) as digests:
         for ref in refs:
-            data = _data(ref)
+            data = data_of(ref)
             digests.update(data)
             file.write(data)
             del data  # before the next is made
@@ -91,8 +91,12 @@ def _write_data(
     return digests.values()
 
 
-def _data(ref: TensorRef) -> memoryview:
-    """The bytes of the logical tensor, checked against its shape."""
+def data_of(ref: TensorRef) -> memoryview:
+    """The bytes of the logical tensor, checked against its shape.
+
+    Raises:
+        ShapeError: They are more or fewer than its shape says.
+    """
     data = torch_bytes(ref.load().contiguous()) if ref.transposed else ref.raw()
     if data.nbytes != ref.nbytes:
         raise ShapeError(

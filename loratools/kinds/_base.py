@@ -106,6 +106,7 @@ class Kind(NamedTuple):
         may: Roles that may come along.
         rank: The rank that the factors' shapes say, or None.
         shape: The base weight's shape (out, in[, kh, kw]) that they say, or None.
+        sized: The same from the whole module, where its variant is needed for it.
         specific: Kinds with a higher value are tried first where two fit.
         low_rank: Whether ΔW is a product of two factors, so that it can be computed in factor space.
         row_axes: Along which axis of which factors the weight's rows run; the other factors serve all rows alike.
@@ -115,7 +116,10 @@ class Kind(NamedTuple):
         products: Pairs of roles (left, right) that are multiplied over the rank: modules of several rows are one
             with left block-diagonal and right stacked. Kinds without any stack their row factors, if the others agree.
         linear: Roles of which the first that is there may be multiplied by a number instead of ΔW.
-        needs_base: Whether ΔW depends on the base weight.
+        scaled: Whether an alpha, or a configuration, says what multiplies ΔW.
+        shared: Roles of tensors that are one for all modules of a file.
+        needs_base: Whether ΔW depends on the base weight, or on a shape that the base alone tells.
+        alone: Whether a module of a kind that needs the base can be computed without, as what else is known tells.
         apply: ΔW · x without building ΔW; None where it is not known how.
         dense: ΔW as a whole; None where it is not known how.
         factored: ΔW as a product of two factors; None where it is none.
@@ -127,13 +131,17 @@ class Kind(NamedTuple):
     may: tuple[str, ...] = ()
     rank: Callable[[Factors], int | None] = lambda _: None
     shape: Callable[[Factors], Shape | None] = lambda _: None
+    sized: Callable[[Module], Shape] | None = None
     specific: int = 1
     low_rank: bool = False
     row_axes: Callable[[Factors], Mapping[str, int] | None] = lambda _: None
     part_axes: Callable[[Factors], Mapping[str, int] | None] = lambda _: None
     products: tuple[tuple[str, str], ...] = ()
     linear: tuple[str, ...] = ()
+    scaled: bool = True
+    shared: tuple[str, ...] = ()
     needs_base: bool = False
+    alone: Callable[[Module], bool] = lambda _: False
     apply: Applier | None = None
     dense: Dense | None = None
     factored: Factoring | None = None
@@ -165,6 +173,11 @@ def by_rows(factors: Factors, **axes: int) -> Mapping[str, int] | None:
     if not factors.keys().isdisjoint(SPARSE):
         return None
     return {role: axis for role, axis in axes.items() if role in factors}
+
+
+def said(module: Module) -> dict[str, str]:
+    """The words of a module's variant: what its configuration says ("topk=3 coft" is topk 3, and coft)."""
+    return {name: value for name, _, value in (word.partition("=") for word in module.variant.split())}
 
 
 def wide(ref: TensorRef) -> torch.Tensor:

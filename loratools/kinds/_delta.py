@@ -28,7 +28,7 @@ def delta(module: Module, kind: Kind, base: torch.Tensor | None, *, wide: bool) 
     if kind.dense is None:
         raise UnsupportedKindError(
             f"{module.target}: the ΔW of {kind.title} modules cannot be computed yet",
-            expected="LoRA, LoHa, LoKr, OFT, GLoRA, (IA)³, AdaLoRA or a full difference was expected",
+            expected="A kind was expected whose ΔW is known: LoRA, LoHa, LoKr, OFT, VeRA, MiSS, (IA)³, …",
         )
     check_base(module, kind, base)
     weight = None if base is None else base.detach().to(torch.empty(0).device, torch.float64)
@@ -52,7 +52,8 @@ def check_base(module: Module, kind: Kind, base: torch.Tensor | None) -> None:
         UnsupportedKindError: It is needed and missing.
         ShapeError: It does not fit.
     """
-    if base is None and not kind.needs_base and module.magnitude is None:
+    needless = not kind.needs_base or kind.alone(module)
+    if base is None and needless and module.magnitude is None:
         return
     base = needed(module, base, kind.title if module.magnitude is None else "DoRA")
     said = module.shape

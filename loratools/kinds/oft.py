@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from loratools.errors import ShapeError, UnsupportedKindError
-from loratools.kinds._base import Factors, Kind, StandIn, by_rows, needed, wide, with_residual
+from loratools.kinds._base import Factors, Kind, StandIn, by_rows, needed, said, wide, with_residual
 from loratools.model import Module
 
 if TYPE_CHECKING:
@@ -146,12 +146,12 @@ def _turns_of(module: Module, skew: torch.Tensor) -> torch.Tensor:
     Raises:
         UnsupportedKindError: Nobody knows that variant.
     """
-    said = {name: value for name, _, value in (word.partition("=") for word in module.variant.split())}
-    if said.keys() - {"cayley", "coft", "neumann"}:
+    stated = said(module)
+    if stated.keys() - {"cayley", "coft", "neumann"}:
         raise _unknown(module)
-    if "coft" in said:
-        skew = _projected(skew, float(said["coft"]))
-    return _cayley(-skew) if "cayley" in said else _neumann(skew, int(said.get("neumann", 5)))
+    if "coft" in stated:
+        skew = _projected(skew, float(stated["coft"]))
+    return _cayley(-skew) if "cayley" in stated else _neumann(skew, int(stated.get("neumann", 5)))
 
 
 def _projected(skew: torch.Tensor, eps: float) -> torch.Tensor:

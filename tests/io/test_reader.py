@@ -201,7 +201,6 @@ STRANGERS = {
         "git-lfs pointer.*git lfs pull",
     ),
     "HTML": (b"\n<!DOCTYPE html><html><body>Log in</body></html>", "saved web page"),
-    "GGUF": (b"GGUF\3\0\0\0" + b"\0" * 50, "a GGUF file, which cannot be read yet"),
     "TorchScript": (a_zip({"m/data.pkl": "", "m/code/x.py": "", "m/constants.pkl": ""}), "TorchScript"),
     "zip of weights": (
         a_zip({"lora/style.safetensors": "x"}),

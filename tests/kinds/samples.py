@@ -30,7 +30,10 @@ def ref(array: Array, dtype: torch.dtype = torch.float64) -> TensorRef:
 
 
 def module_of(kind: str, arrays: dict[str, Array], scale: float, **fields: object) -> Module:
-    factors = {role: ref(array) for role, array in arrays.items()}
+    factors = {
+        role: ref(array, torch.int64 if array.dtype.kind == "i" else torch.float64)
+        for role, array in arrays.items()
+    }
     found = kinds.of_roles(factors)
     assert found is not None
     assert found.name == kind
@@ -84,6 +87,18 @@ def _adalora(rng: np.random.Generator, base: Array) -> tuple[Module, Array]:
     up, middle, down = rng.normal(size=(OUT, 3)), rng.normal(size=(3, 1)), rng.normal(size=(3, IN))
     module = module_of("adalora", {"up": up, "down": down, "lora_E": middle}, 0.5)
     return module, 0.5 * up @ np.diag(middle[:, 0]) @ down
+
+
+def _bdlora(rng: np.random.Generator, base: Array) -> tuple[Module, Array]:
+    up, first, second = (
+        rng.normal(size=(OUT, 4)),
+        rng.normal(size=(2, IN // 2)),
+        rng.normal(size=(2, IN // 2)),
+    )
+    nothing = np.zeros((2, IN // 2))
+    arrays = {"up": up, "down_blocks": np.concatenate([first, second])}
+    module = module_of("bdlora", arrays, 0.5, variant="blocks=2")._replace(shape=(OUT, IN))
+    return module, 0.5 * up @ np.block([[first, nothing], [nothing, second]])
 
 
 def _loha(rng: np.random.Generator, base: Array) -> tuple[Module, Array]:
@@ -246,10 +261,87 @@ def _oft_peft(rng: np.random.Generator, base: Array) -> tuple[Module, Array]:
     return module_of("oft", {"oft_r": packed}, 1.0), base @ _block_diagonal(turns).T - base
 
 
+def _softmax(values: Array) -> Array:
+    powers = np.exp(values - values.max())
+    return powers / powers.sum()
+
+
+def _vera(rng: np.random.Generator, base: Array) -> tuple[Module, Array]:
+    first, second = rng.normal(size=(3, IN + 2)), rng.normal(size=(OUT + 4, 3))
+    lambda_b, lambda_d = rng.normal(size=OUT), rng.normal(size=3)
+    arrays = {"vera_lambda_b": lambda_b, "vera_lambda_d": lambda_d, "vera_a": first, "vera_b": second}
+    delta = np.diag(lambda_b) @ second[:OUT] @ np.diag(lambda_d) @ first[:, :IN]
+    return module_of("vera", arrays, 1.0), delta
+
+
+def _miss_of(block: Array) -> tuple[Module, Array]:
+    rank, width = block.shape
+    delta = np.array([[block[i % rank, o % width] for i in range(IN)] for o in range(OUT)])
+    return module_of("miss", {"miss_block": block}, 1.0), delta
+
+
+def _miss(rng: np.random.Generator, base: Array) -> tuple[Module, Array]:
+    return _miss_of(rng.normal(size=(3, OUT)))
+
+
+def _miss_mini(rng: np.random.Generator, base: Array) -> tuple[Module, Array]:
+    return _miss_of(rng.normal(size=(4, 3)))
+
+
+def _miss_bat(rng: np.random.Generator, base: Array) -> tuple[Module, Array]:
+    blocks, delta = 0.3 * rng.normal(size=(OUT // 4, 4, 4)), np.zeros((OUT, IN))
+    for row in range(0, OUT, 4):
+        for column in range(0, IN, 4):
+            block = blocks[row // 4]
+            delta[row : row + 4, column : column + 4] = (
+                base[row : row + 4, column : column + 4] @ block + block
+            )
+    return module_of("miss", {"miss_block": blocks}, 1.0), delta
+
+
+def _stretch(logits: Array, bank: Array) -> Array:
+    """The mixture of the two vectors with the largest logits."""
+    chosen = np.argsort(-logits)[:2]
+    return _softmax(logits[chosen]) @ bank[chosen]
+
+
+def _vblora(rng: np.random.Generator, base: Array) -> tuple[Module, Array]:
+    bank, first, second = (rng.normal(size=size) for size in ((5, 4), (3, IN // 4, 5), (OUT // 4, 3, 5)))
+    arrays = {"vblora_bank": bank, "vblora_logits_a": first, "vblora_logits_b": second}
+    down = np.array([np.concatenate([_stretch(logits, bank) for logits in row]) for row in first])
+    up = np.concatenate([np.array([_stretch(logits, bank) for logits in tile]).T for tile in second])
+    return module_of("vblora", arrays, 1.0), up @ down
+
+
+def _vblora_topk(rng: np.random.Generator, base: Array) -> tuple[Module, Array]:
+    bank = rng.normal(size=(5, 4))
+    arrays: dict[str, Array] = {"vblora_bank": bank}
+    sides = []
+    for side, size in (("a", (3, IN // 4, 3)), ("b", (OUT // 4, 3, 3))):
+        indices, weights = rng.integers(0, 5, size=size), rng.uniform(size=size)
+        weights /= weights.sum(axis=-1, keepdims=True)
+        arrays |= {f"vblora_indices_{side}": indices, f"vblora_weights_{side}": weights[..., :-1]}
+        sides.append(np.einsum("ijk,ijkl->ijl", weights, bank[indices]))
+    down, up = sides[0].reshape(3, IN), sides[1].transpose(0, 2, 1).reshape(OUT, 3)
+    return module_of("vblora", arrays, 1.0), up @ down
+
+
+def _unilora(rng: np.random.Generator, base: Array) -> tuple[Module, Array]:
+    theta = rng.normal(size=7)
+    arrays: dict[str, Array] = {"unilora_theta": theta}
+    sides = []
+    for side, size in (("a", (3, IN)), ("b", (OUT, 3))):
+        indices, scales = rng.integers(0, 7, size=size), rng.uniform(size=size)
+        arrays |= {f"unilora_indices_{side}": indices, f"unilora_scales_{side}": scales}
+        sides.append(theta[indices] * scales)
+    return module_of("unilora", arrays, 1.0), sides[1] @ sides[0]
+
+
 LINEAR: dict[str, Callable[[np.random.Generator, Array], tuple[Module, Array]]] = {
     "lora": _lora,
     "lora-diff": _lora_diff,
     "adalora": _adalora,
+    "bdlora": _bdlora,
     "loha": _loha,
     "lokr": _lokr,
     "lokr-full": _lokr_full,
@@ -262,6 +354,13 @@ LINEAR: dict[str, Callable[[np.random.Generator, Array], tuple[Module, Array]]] 
     "oft-diag": _oft_diag,
     "boft": _boft,
     "oft-peft": _oft_peft,
+    "vera": _vera,
+    "miss": _miss,
+    "miss-mini": _miss_mini,
+    "miss-bat": _miss_bat,
+    "vblora": _vblora,
+    "vblora-topk": _vblora_topk,
+    "unilora": _unilora,
 }
 CONV: dict[str, Callable[[np.random.Generator, Array], tuple[Module, Array]]] = {
     "lora-conv": _lora_conv,

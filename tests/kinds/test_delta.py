@@ -61,7 +61,8 @@ def part_of(module: Module, part: int, parts: int) -> Module:
     return module._replace(factors=factors, shape=kinds.get(module.kind).shape(factors))
 
 
-TAKEN_APART = [name for name in make.NAMES if name not in ("sparse", "boft", "oft-constrained")]
+WHOLE = ("sparse", "boft", "vera", "miss", "miss-mini")
+TAKEN_APART = [name for name in make.NAMES if name not in (*WHOLE, "oft-constrained")]
 
 
 @pytest.mark.parametrize("name", TAKEN_APART)
@@ -92,7 +93,7 @@ def test_a_rotation_of_the_inputs_is_shared_by_all_rows() -> None:
     assert kinds.get("oft").row_axes(module.factors) == {}
 
 
-@pytest.mark.parametrize("name", ["sparse", "boft"])
+@pytest.mark.parametrize("name", WHOLE)
 def test_rows_that_cannot_be_taken_apart(name: str) -> None:
     module = make.sample(name).module
     assert kinds.get(module.kind).row_axes(module.factors) is None
