@@ -16,6 +16,7 @@ ARCH = Arch(
         "layers.#.mamba",
         "layers.#.mixer",
         "layers.#.block_sparse_moe",  # Mixtral
+        "layers.#.feed_forward.experts",  # Llama 4, Jamba, LFM2
         "layers.#.fc1",  # OPT, BART
         "layers.#.fc2",
         "decoder.layers.#.encoder_attn",  # BART

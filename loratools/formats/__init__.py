@@ -45,7 +45,8 @@ def get(name: str) -> Format:
         raise LayoutError(
             f"there is no layout {name!r}",
             candidates=near,
-            expected=f"Known are {', '.join(written)}, and for reading alone {read_only}",
+            expected=f"Known are {', '.join(written)}"
+            + f", and for reading alone {read_only}" * bool(read_only),
         )
     found: Format = known[name]
     return found

@@ -16,6 +16,16 @@ if TYPE_CHECKING:
 
 _LONGEST_PREFIX = 40
 
+# In which order a layout has the rows of a weight whose order transformers has otherwise (see ``Format.row_order``).
+HEADS_Q = "q"
+"""Rows of each query head that are rotated together lie side by side, where transformers has them in two halves."""
+HEADS_KV = "k"
+"""The same of key heads."""
+QKV_BY_HEAD = "qkv-by-head"
+"""All queries, then all keys, then all values, where transformers has the three of each head together."""
+QKV_BY_GROUP = "qkv-by-group"
+"""The same where transformers has the queries that share a key together with it."""
+
 
 class Group:
     """The tensors of one module, before its name is understood.
@@ -44,7 +54,7 @@ class Facts:
         keys: All keys, in the file's order.
         metadata: The header's string metadata.
         config: adapter_config.json, or empty.
-        container: "safetensors", "pickle" or "npz".
+        container: "safetensors", "pickle", "npz" or "gguf".
         sequence: Whether a pickle held a bare list of tensors.
         path: The file, for messages.
         arch: The detected architecture's name, or "unknown".
@@ -191,8 +201,9 @@ class Format(NamedTuple):
         roles: Tensors of a module that it has names for; "alpha" where it states alpha in the file.
         dialect: Which names of an architecture it uses ("native", "diffusers"), or "kohya": as its component says.
             A component may say otherwise for this layout.
-        alpha: Where it states a module's scale: "tensor", "config" (a configuration or the header), or "none", in
-            which case the scale has to be folded into the factors beforehand.
+        alpha: Where it states a module's scale: "tensor", "config" (a configuration or the header), "file" (one alpha
+            for all modules, to which the others have to be brought beforehand), or "none", in which case the scale has
+            to be folded into the factors beforehand.
         adopt: How a tensor of no module from another layout is called here; None where there is no place for it.
         reads_as: The layouts that files written so are recognised as, where that is not its own name.
         split: The pieces in which it names a weight of an architecture without a table; empty: in those that it has.
@@ -202,6 +213,16 @@ class Format(NamedTuple):
         unread: Whether readers pass over a component of an architecture, both by name, though it has a name here.
         single: Whether its names do not tell components apart, so that a file is of one.
         pickled: The variant that is written as a pickle, where it has one.
+        container: What it is written in: "safetensors" or "gguf".
+        family: What the layout calls the model that an adapter is of, given the ``model_type`` of the base's
+            configuration (or ""); None where it has no name for it. Only layouts that depend on it say so.
+        row_order: In which order it has the rows of a weight, by family and path; "" where as transformers has them.
+        hosted: Whether it can only be written for a family that it knows.
+        experts: The styles in which it names experts (see ``archs/_experts.py``), its usual one first; empty where it
+            has no such names.
+        for_base: What a base model's configuration and its number of layers (0 where unknown) add to a document.
+        read_path: What a reader of it calls a module, by family and path, where one name there stands for several.
+        embedding_axis: Along which axis it has DoRA's magnitude of an embedding: "out" (its width) or "in" (words).
     """
 
     name: str
@@ -227,14 +248,29 @@ class Format(NamedTuple):
     uniform: bool = False
     unread: Callable[[str, str], bool] = lambda _arch, _component: False
     pickled: str = ""
+    container: str = "safetensors"
+    family: Callable[[Adapter, str], str | None] = lambda _adapter, model_type: model_type
+    row_order: Callable[[str, str], str] = lambda _family, _path: ""
+    hosted: bool = False
+    experts: tuple[str, ...] = ()
+    for_base: Callable[[Document, Mapping[str, Any], int], Document] = lambda document, _config, _layers: (
+        document
+    )
+    embedding_axis: str = "out"
+    read_path: Callable[[str, str], str] = lambda _, path: path
 
     def states_scale(self, module: Module) -> bool:
         """Whether the layout has a place for this module's scale."""
+        # PEFT divides by the configuration's rank where the factors have none.
+        if self.alpha == "config" and module.kind == "lokr":
+            return True
         # Readers make no scale of alpha where there is no rank to divide it by.
         if not module.rank:
             return False
+        if self.alpha == "file":
+            return module.kind in ("lora", "experts")
         if self.alpha == "config":
-            return module.kind in ("lora", "adalora")
+            return module.kind in ("lora", "adalora", "loha", "experts", "bdlora", "kasa")
         # Layouts that fold LoRA's may state it for kinds that they took over with their alphas.
         return self.alpha == "tensor" or ("alpha" in self.roles and module.kind == "lokr")
 

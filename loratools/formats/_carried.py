@@ -24,8 +24,13 @@ DIFFUSERS_HEADER = "lora_adapter_metadata"
 # The record that a merge leaves.
 _MERGE = "loratools.merge"
 
-# Hashes of the file that was read.
-_STALE = ("modelspec.hash_sha256", CONFIGS, DIFFUSERS_HEADER)
+# Hashes of the file that was read, and what only the header of a GGUF file says.
+_STALE = (
+    "modelspec.hash_sha256",
+    CONFIGS,
+    DIFFUSERS_HEADER,
+    *("general.type", "adapter.type", "adapter.lora.alpha"),
+)
 _HASHES = "sshs_"
 
 # What is told by the modules that are written, or announces tensors of no module.
@@ -101,11 +106,21 @@ def configs(adapter: Adapter) -> dict[str, Mapping[str, Any]]:
         from loratools.formats import diffusers
 
         return diffusers.configs_of(adapter)
-    return dict(_parsed(adapter.metadata.get(CONFIGS, "")))
+    found = parsed(adapter.metadata.get(CONFIGS, ""))
+    if adapter.layout.name == "gguf":
+        from loratools.formats import gguf
+
+        return {name: {**found.get(name, {}), **gguf.said(adapter)} for name in adapter.components()}
+    return dict(found)
 
 
 @lru_cache(maxsize=8)
-def _parsed(text: str) -> Mapping[str, Mapping[str, Any]]:
+def parsed(text: str) -> Mapping[str, Mapping[str, Any]]:
+    """Configurations by component, as the header has them under our key.
+
+    Raises:
+        MalformedFileError: The text is not JSON, or not by component.
+    """
     if not text:
         return {}
     try:

@@ -23,6 +23,7 @@ TITLES: dict[str, str] = {
     "bottleneck-adapter": "a bottleneck adapter (AdapterHub)",
     "upscaler": "an upscaler",
     "optimizer": "an optimizer's state",
+    "pack": "a pack of adapters",
     "empty": "an empty file",
     "unknown": "something unknown",
 }
@@ -137,7 +138,12 @@ def _optimizer(facts: Facts, extras: Mapping[str, TensorRef]) -> bool:
     return not facts.groups and any(key.endswith((".exp_avg", ".momentum_buffer")) for key in extras)
 
 
+def _gguf_model(facts: Facts, _: Mapping[str, TensorRef]) -> bool:
+    return facts.container == "gguf" and facts.metadata.get("general.type", "model") != "adapter"
+
+
 _TESTS: tuple[tuple[str, Callable[[Facts, Mapping[str, TensorRef]], bool]], ...] = (
+    ("checkpoint", _gguf_model),
     ("ip-adapter", _ip_adapter),
     ("controlnet-lllite", _starts("lllite_unet_")),
     ("controlnet", _starts("control_model.", "controlnet_", "controlnet_blocks.", "input_hint_block.")),

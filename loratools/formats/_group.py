@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from loratools import kinds
 from loratools.errors import NameResolutionError, NotAnAdapterError
+from loratools.formats import _peft_shared
 from loratools.formats._base import Group
 from loratools.formats._parse import Part, split, tail_of
 from loratools.tensors import TensorRef
@@ -76,6 +77,7 @@ def group(tensors: Mapping[str, TensorRef], path: str = "") -> tuple[dict[str, G
     for stem, found in groups.items():
         found.name = clean(stem, found.style)
     _claim_ia3(groups, left)
+    _peft_shared.distribute(groups, left)
     return groups, left
 
 

@@ -56,6 +56,7 @@ _TAILS: tuple[tuple[str, str, str], ...] = (
     ("magnitude", "magnitude", "peft"),
     ("lora_E", "lora_E", "peft"),
     ("ranknum", "ranknum", "peft"),
+    ("lora_diag", "lora_diag", "peft"),
     ("lora.down.weight", "down", "updown"),
     ("lora.up.weight", "up", "updown"),
     ("lora_linear_layer.down.weight", "down", "updown"),
@@ -112,6 +113,11 @@ _TAILS: tuple[tuple[str, str, str], ...] = (
     ("randlora_gamma", "randlora_gamma", "peft"),
     ("vblora_logits_A", "vblora_logits_a", "peft"),
     ("vblora_logits_B", "vblora_logits_b", "peft"),
+    ("vblora_logits_A_topk_indices", "vblora_indices_a", "peft"),
+    ("vblora_logits_A_topk_weights", "vblora_weights_a", "peft"),
+    ("vblora_logits_B_topk_indices", "vblora_indices_b", "peft"),
+    ("vblora_logits_B_topk_weights", "vblora_weights_b", "peft"),
+    ("vblora_vector_bank", "vblora_bank", "peft"),
     ("fourierft_spectrum", "fourierft_spectrum", "peft"),
     ("waveft_spectrum", "waveft_spectrum", "peft"),
     ("c3a_kernel", "c3a_kernel", "peft"),
@@ -125,6 +131,10 @@ _TAILS: tuple[tuple[str, str, str], ...] = (
     ("road_theta", "road_theta", "peft"),
     ("road_alpha", "road_alpha", "peft"),
     ("unilora_theta_d", "unilora_theta", "peft"),
+    ("unilora_indices_A", "unilora_indices_a", "peft"),
+    ("unilora_indices_B", "unilora_indices_b", "peft"),
+    ("unilora_scales_A", "unilora_scales_a", "peft"),
+    ("unilora_scales_B", "unilora_scales_b", "peft"),
 )
 
 _SUFFIXES: dict[str, Suffix] = {tail: Suffix(role, style) for tail, role, style in _TAILS}
@@ -147,7 +157,8 @@ _XLABS = r"(.*\.processor\.(?:qkv|proj)_lora[12]?)\.(down|up)\.weight"
 # Compiled when a key asks for it, which few do.
 _NAMED = (
     r"^(?P<stem>.+)\.(?P<factor>lora_A|lora_B|lora_E|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
-    r"|ia3_l|ranknum|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?|oft_R|vera_lambda_[bd])"
+    r"|ia3_l|ranknum|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?|oft_R|vera_lambda_[bd]|vera_[AB]|miss_block"
+    r"|vblora_logits_[AB]|vblora_vector_bank|unilora_(?:indices|scales)_[AB]|unilora_theta_d)"
     r"\.(?P<name>[^.]+)(?P<end>\.weight|\.bias)?$"
 )
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from loratools.errors import MalformedFileError, UnsupportedKindError
+from loratools.errors import MalformedFileError
 from loratools.formats._base import Scale
-from loratools.model import Adapter, Module
-
-# Initialisations that take part of the base weight into the factors, and leave the rest as the base.
-_MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+from loratools.formats._patterns import Pattern
+from loratools.formats._patterns import pattern as compiled
+from loratools.model import Module
+from loratools.tensors import TensorRef
 
 # What a LoraConfig says that the modules themselves say again.
 _TOLD_AGAIN: dict[str, Any] = {
@@ -39,7 +39,7 @@ _TRAINING: dict[str, Any] = {
 }
 # PEFT's defaults for OFT: how many terms of a series, and the limit of the constrained form.
 _TERMS, _EPS = 5, 6e-5
-# What PEFT adds to the rank that AdaLoRA's pruning left.
+# What PEFT adds to the rank that AdaLoRA divides by.
 _PRUNED = 1e-5
 # What configurations of all of PEFT's methods say.
 _SHARED = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version")
@@ -69,13 +69,13 @@ class Rules:
 
     def __init__(self, patterns: Iterable[str]) -> None:
         self._plain: dict[str, int] = {}
-        self._others: list[tuple[int, re.Pattern[str]]] = []
+        self._others: list[tuple[int, Pattern]] = []
         for number, pattern in enumerate(patterns):
             if re.fullmatch(r"\^?(?:[\w-]|\\[\W_])+", pattern):
                 self._plain.setdefault(re.sub(r"\\(\W)", r"\1", pattern), number)
                 continue
             try:
-                self._others.append((number, re.compile(rf"(.*\.)?({pattern})$")))
+                self._others.append((number, compiled(pattern, tail=True)))
             except re.error:  # taken for a plain name
                 self._plain.setdefault(pattern, number)
 
@@ -87,7 +87,7 @@ class Rules:
         for number, pattern in self._others:
             if least is not None and number > least:
                 break
-            if pattern.match(module):
+            if pattern.matches(module):
                 return number
         return least
 
@@ -109,25 +109,21 @@ def scale(config: Mapping[str, Any], module: str, rank: int) -> Scale:
         if not isinstance(stated, int) or not stated:
             return Scale(1.0, None, "the configuration states no rank; a scale of 1 is assumed")
         rank = stated
-    note = _mutated(config)
+    note = ""
     if isinstance(stated, int) and stated != rank:
         note = f"adapter_config.json says rank {stated} for {module}, its tensors have rank {rank}"
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         return Scale(1.0, None, note or "the configuration states no lora_alpha; a scale of 1 is assumed")
     divisor = math.sqrt(rank) if config.get("use_rslora") else rank
-    return Scale(alpha / divisor, float(alpha), note)
+    return Scale(as_float(alpha) / divisor, as_float(alpha), note)
 
 
-def _mutated(config: Mapping[str, Any]) -> str:
-    """What to say of an adapter that is only valid on a base that its training changed."""
-    method = str(config.get("init_lora_weights")).lower()
-    if method.startswith(_MUTATING):
-        return (
-            f"init_lora_weights is {method}: ΔW is relative to the base that this initialisation has changed"
-        )
-    if config.get("layer_replication"):
-        return "layer_replication repeats layers: their numbers are not those of the base"
-    return ""
+def as_float(value: float) -> float:
+    """A number of JSON's, where whole ones may be too large: infinite then, which operations refuse by name."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def variant(config: Mapping[str, Any]) -> str:
@@ -147,25 +143,6 @@ def variant(config: Mapping[str, Any]) -> str:
         eps = config.get("eps")
         words.append(f"coft={eps if isinstance(eps, float) else _EPS}")
     return " ".join(words)
-
-
-def refuse_changed_base(adapter: Adapter) -> None:
-    """Refuse what is only valid on a base that its training has changed: PiSSA and the like, repeated layers.
-
-    Raises:
-        UnsupportedKindError: It is such.
-    """
-    note = _mutated(adapter.config)
-    if not note:
-        return
-    first = "init_lora_weights to true" if "init_lora_weights" in note else "layer_replication to null"
-    raise UnsupportedKindError(
-        note,
-        path=adapter.path or None,
-        expected="An adapter of the base as it was published was expected",
-        todo="Save it with PEFT's path_initial_model_for_weight_conversion; or, where the base given is the changed "
-        f"one, set {first} in adapter_config.json",
-    )
 
 
 def build(
@@ -192,7 +169,7 @@ def build(
     # PEFT matches a pattern against any dotted tail; anchored, it means this module alone.
     start_of_path = "^" if anchored else ""
     ranks = {path: module.rank or 1 for path, module in found}
-    alphas = {path: _alpha(module) for path, module in found}
+    alphas = {path: _alpha(module, start) for path, module in found}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     kind = "ADALORA" if any(module.kind == "adalora" for _, module in found) else "LORA"
@@ -216,8 +193,11 @@ def build(
     if kind == "ADALORA":
         # Its patterns are masks of what pruning left, by parameter, and true as long as the tensors are the same.
         config["rank_pattern"] = start.get("rank_pattern")
+    parameters = {path for path, module in found if module.kind == "experts"}
     if not keep_targets or not config.get("target_modules"):
-        config["target_modules"] = sorted(ranks)
+        config["target_modules"] = sorted(ranks.keys() - parameters)
+    if parameters or config.get("target_parameters"):
+        config.update(_of_parameters(parameters, config, keep_targets=keep_targets))
     if any("up_bias" in module.factors for _, module in found):
         config["lora_bias"] = True
     elif "lora_bias" in config:
@@ -229,16 +209,47 @@ def build(
     return config
 
 
-def _alpha(module: Module) -> float:
-    """The alpha that makes a module's scale: of AdaLoRA, over the rank that pruning left (see ``_scaling``)."""
+def _of_parameters(
+    parameters: Collection[str], start: Mapping[str, Any], *, keep_targets: bool
+) -> dict[str, Any]:
+    """The fields that parameters take: their names, and what PEFT's wrapper of parameters refuses."""
+    if not parameters:
+        return {"target_parameters": None}
+    kept = keep_targets and start.get("target_parameters")
+    return {
+        "target_parameters": start["target_parameters"] if kept else sorted(parameters),
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": False,
+    }
+
+
+def _alpha(module: Module, start: Mapping[str, Any]) -> float:
+    """The alpha that makes a module's scale."""
     rank = module.rank or 1
     if module.kind != "adalora":
         return module.scale * rank
-    left = module.factors["ranknum"].scalar() if "ranknum" in module.factors else rank
-    divisor = left + _PRUNED
+    divisor = pruned(module.factors, start, rank)
     # The one that was read makes the very scale; what is computed back may be off by a bit.
     own = module.alpha
     return own if own is not None and own / divisor == module.scale else module.scale * divisor
+
+
+def pruned(factors: Mapping[str, TensorRef], config: Mapping[str, Any], rank: int) -> float:
+    """What AdaLoRA divides alpha by: the rank that training began with, however much of it pruning has left.
+
+    Old releases of PEFT store it as ``ranknum``; others set it from the configuration's ``init_r``, and keep it when
+    they cut modules to their pruned rank.
+
+    Args:
+        factors: The module's, by role.
+        config: An AdaLoraConfig as a mapping.
+        rank: Of its tensors, for a configuration that does not say.
+    """
+    if "ranknum" in factors:
+        return factors["ranknum"].scalar() + _PRUNED
+    stated = config.get("init_r")
+    begun = stated if isinstance(stated, int) and not isinstance(stated, bool) and stated >= rank else rank
+    return begun + _PRUNED
 
 
 def _whole(value: float) -> float | int:

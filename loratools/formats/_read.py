@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from loratools import kinds
+from loratools.archs import _experts
 from loratools.errors import IncompleteModuleError, NotAnAdapterError
-from loratools.formats import _classify, _peft_config, _scaling
+from loratools.formats import _classify, _own_names, _peft_checks, _peft_shared, _peft_special, _scaling
 from loratools.formats._base import Facts, Format, Group
 from loratools.formats._claimed import Claimed
 from loratools.formats._group import group, magnitude_axis
@@ -63,6 +64,7 @@ def read(
 
         tensors = _positions.listed(tensors)
     groups, extras = group(tensors, path)
+    _own_names.translate(groups, container, metadata)
     facts = Facts(
         groups,
         tuple(tensors),
@@ -74,6 +76,7 @@ def read(
     )
     kind = _classify.classify(facts, extras)
     if kind == "adapter":
+        _peft_checks.refuse_malformed(config, path)
         return _Reader(facts, extras, arch, path).adapter()
     placed = _inside(facts) if kind == "ip-adapter" else None
     if placed is not None and embedded:
@@ -143,9 +146,11 @@ class _Reader:
         self.format = self._format()
         self.flipped = self.format.flipped(self.facts)
         self.in_first = bool(facts.config.get("fan_in_fan_out"))
-        self.variant = _peft_config.variant(facts.config)
-        owners = (str(name).rpartition(".")[0] for name in facts.config.get("target_parameters") or ())
-        self.packed = {owner for owner in owners if owner}
+        self.variant = _peft_shared.variant(facts)
+        named = [str(name) for name in facts.config.get("target_parameters") or ()]
+        self.packed = {owner for name in named if (owner := name.rpartition(".")[0])}
+        # A bare name is that of any module's parameter, of which those of experts have a place for more than one.
+        self.bare_parameters = any("." not in name for name in named)
 
     def adapter(self) -> Adapter:
         """All groups as modules."""
@@ -182,6 +187,9 @@ class _Reader:
     def _say(self, modules: Mapping[Target, Module], grouped: bool) -> None:
         """Notes on what was assumed, and on what cannot be used."""
         self.notes.extend(_scaling.summary(self.scales))
+        self.notes.extend(_peft_shared.notes(self.facts))
+        self.notes.extend(_peft_special.notes(self.facts.config))
+        self.notes.extend(_peft_checks.notes(self.facts, modules.values()))
         if grouped:
             from loratools.formats import _grouped
 
@@ -219,6 +227,7 @@ class _Reader:
                 role: ref.flipped() if role in ("up", "down") and len(ref.shape) == 2 else ref
                 for role, ref in roles.items()
             }
+        roles = _peft_special.stored(self.facts.config, found.name, roles)
         factors = {role: ref for role, ref in roles.items() if role not in _BESIDE}
         kind = self._kind(found, roles, factors)
         rank, shape = kind.rank(factors), kind.shape(factors)
@@ -231,9 +240,11 @@ class _Reader:
         magnitude = roles.get("magnitude")
         conv = shape is not None and len(shape) > 2 and kind.low_rank
         axis = magnitude_axis(magnitude) if magnitude is not None else None
+        if axis is not None and op == "embedding":
+            axis = self.format.embedding_axis
         in_first = op == "embedding" or (self.in_first and target.component not in _IMAGE)
         # Positions rather than names: this is done for every module of a file.
-        return Module(
+        module = Module(
             target,
             kind.name,
             factors,
@@ -248,6 +259,7 @@ class _Reader:
             in_first,
             self.variant,
         )
+        return module if kind.sized is None else module._replace(shape=kind.sized(module))
 
     def _kind(
         self, found: Group, roles: Mapping[str, TensorRef], factors: Mapping[str, TensorRef]
@@ -273,12 +285,14 @@ class _Reader:
         # Three axes are stacked experts, unless they are a one-dimensional convolution's.
         if len(up) == len(down) == 3 and (up[2] != 1 or up[1] != down[0]):
             return True
-        if not self.packed:
+        if not self.packed and not self.bare_parameters:
             return False
         # PEFT wraps the parameters of one module in turn: the outer ones are named "<module>.base_layer".
         name = found.name
         while name.endswith(".base_layer"):
             name = name.removesuffix(".base_layer")
+        if self.bare_parameters and (name != found.name or _experts.is_owner(name)):
+            return True
         return any(name == owner or name.endswith("." + owner) for owner in self.packed)
 
     def _target(self, found: Group) -> Target:
@@ -304,5 +318,6 @@ def refuse_other_types(adapter: Adapter) -> None:
     raise NotAnAdapterError(
         f"this is {_classify.TITLES.get(adapter.type, adapter.type)}, not a LoRA adapter",
         path=adapter.path or None,
+        expected="A LoRA adapter, or one of a kind related to it, was expected",
         todo="`loratools info` describes it" + extract * (adapter.type == "checkpoint"),
     )

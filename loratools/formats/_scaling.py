@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 
 from loratools.errors import MalformedFileError, NonFiniteError
+from loratools.formats import _peft_config
 from loratools.formats._base import Facts, Format, Group, Scale
 from loratools.kinds import Kind
 from loratools.model import Adapter, Module
@@ -36,7 +37,7 @@ def scale_of(
             return form.scaler(found, component, 0, facts)
         return Scale(further, _number(roles["alpha"], facts) if "alpha" in roles else None)
     rank = kind.rank(roles)
-    if not rank:
+    if not rank or not kind.scaled:
         return Scale(1.0)
     if kind.name == "adalora":
         return _pruned(roles, facts, rank)
@@ -65,12 +66,13 @@ def _number(ref: TensorRef, facts: Facts) -> float:
 
 
 def _pruned(roles: Mapping[str, TensorRef], facts: Facts, rank: int) -> Scale:
-    """AdaLoRA's scale: alpha over the rank that pruning left, as PEFT's SVDLinear has it."""
+    """AdaLoRA's scale, as PEFT's SVDLinear has it."""
     alpha = facts.config.get("lora_alpha")
     if not isinstance(alpha, int | float):
         return Scale(1.0, None, "the configuration states no lora_alpha; a scale of 1 is assumed")
-    left = _number(roles["ranknum"], facts) if "ranknum" in roles else rank
-    return Scale(alpha / (left + 1e-5), float(alpha))
+    if "ranknum" in roles:
+        _number(roles["ranknum"], facts)
+    return Scale(alpha / _peft_config.pruned(roles, facts.config, rank), float(alpha))
 
 
 def summary(notes: Iterable[str]) -> list[str]:

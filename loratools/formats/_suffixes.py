@@ -56,3 +56,31 @@ OFT_R = {"oft_r": "oft_R.weight"}
 
 # Kinds that are made of these roles; stacked experts have an up and a down too, of another shape.
 LYCORIS_KINDS = frozenset(("lora", "loha", "lokr", "oft", "glora", "ia3", "full"))
+
+# PEFT's methods other than LoRA.
+PEFT_METHODS: Mapping[str, str] = {
+    **LOKR,
+    **{role: role for role in LYCORIS if role.startswith("hada_")},
+    **OFT_R,
+    "ia3_l": "ia3_l",
+    "miss_block": "miss_block",
+    "vera_lambda_b": "vera_lambda_b",
+    "vera_lambda_d": "vera_lambda_d",
+    "vblora_logits_a": "vblora_logits_A",
+    "vblora_logits_b": "vblora_logits_B",
+    "vblora_indices_a": "vblora_logits_A_topk_indices",
+    "vblora_weights_a": "vblora_logits_A_topk_weights",
+    "vblora_indices_b": "vblora_logits_B_topk_indices",
+    "vblora_weights_b": "vblora_logits_B_topk_weights",
+    "unilora_indices_a": "unilora_indices_A",
+    "unilora_indices_b": "unilora_indices_B",
+    "unilora_scales_a": "unilora_scales_A",
+    "unilora_scales_b": "unilora_scales_B",
+}
+# What all modules of a method share, which lies beside the model.
+PEFT_SHARED: Mapping[str, str] = {
+    "vera_a": "vera_A",
+    "vera_b": "vera_B",
+    "vblora_bank": "vblora_vector_bank",
+    "unilora_theta": "unilora_theta_d",
+}

@@ -32,7 +32,7 @@ def document(adapter: Adapter, layout: Layout, form: Format) -> Document:
             f"the {form.title} layout can be read but not written yet", todo="Choose another with --to"
         )
     extras = _extras(adapter, layout, form)
-    tensors = _spelt(adapter, layout, form.speller) + extras
+    tensors = _once(_spelt(adapter, layout, form.speller)) + extras
     _refuse_twins(tensors)
     return form.finisher(adapter, tensors, layout)
 
@@ -98,6 +98,19 @@ def _verbatim(adapter: Adapter, form: Format) -> Document:
 def _as_stored(ref: TensorRef) -> TensorRef:
     """A transposed view back in the orientation of its file."""
     return ref.flipped() if ref.transposed else ref
+
+
+def _once(tensors: list[TensorRef]) -> list[TensorRef]:
+    """Tensors without the repetitions of those that several modules share: the same data under the same key."""
+    first: dict[str, TensorRef] = {}
+    return [ref for ref in tensors if not _is_same(first.setdefault(ref.name, ref), ref)]
+
+
+def _is_same(one: TensorRef, other: TensorRef) -> bool:
+    """Whether a tensor is another one once more."""
+    if one is other or (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    return one.source is other.source or one.raw() == other.raw()
 
 
 def _refuse_twins(tensors: list[TensorRef]) -> None:

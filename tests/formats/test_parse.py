@@ -134,8 +134,8 @@ def test_every_role_that_a_kind_needs_can_be_spelt() -> None:
     from loratools.formats import _parse
 
     spelt |= {suffix.role for suffix in _parse._SUFFIXES.values()}
-    # (IA)³ of LyCORIS is a plain ".weight" that only the flag beside it tells.
-    reachable = spelt | {"ia3_weight"}
+    # (IA)³ of LyCORIS is a plain ".weight" that only the flag beside it tells, BD-LoRA what its configuration says.
+    reachable = spelt | {"ia3_weight", "up_blocks", "down_blocks"}
     for kind in scan("loratools.kinds", "KIND").values():
         assert all(set(need) <= reachable for need in kind.needs), kind.name
 

@@ -41,7 +41,7 @@ def test_stale_fields_do_not_survive(tmp_path: Path) -> None:
         alphas={"model.layers.0.mlp.down_proj": 3},
         config={
             "use_rslora": True,
-            "init_lora_weights": "pissa",
+            "init_lora_weights": "gaussian",
             "layers_to_transform": [0],
             "lora_dropout": 0.1,
         },

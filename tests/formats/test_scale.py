@@ -12,7 +12,7 @@ import torch
 
 import loratools as lt
 from loratools.errors import MalformedFileError, UnsupportedKindError
-from loratools.formats import _peft_config
+from loratools.formats import _peft_config, _peft_special
 
 
 def scales(path: Path) -> dict[str, float]:
@@ -221,8 +221,8 @@ def test_an_adapter_for_a_changed_base_says_so_once(method: str, tmp_path: Path)
 def test_repeated_layers_are_a_changed_base_too(tmp_path: Path) -> None:
     made = make.peft(tmp_path / "a", config={"layer_replication": [[0, 2], [1, 2]]})
     with pytest.raises(UnsupportedKindError, match="layer_replication to null"):
-        _peft_config.refuse_changed_base(lt.load(made.path))
-    _peft_config.refuse_changed_base(lt.load(make.peft(tmp_path / "b").path))
+        _peft_special.refuse_changed_base(lt.load(made.path))
+    _peft_special.refuse_changed_base(lt.load(make.peft(tmp_path / "b").path))
 
 
 @pytest.mark.parametrize(

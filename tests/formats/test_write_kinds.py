@@ -91,7 +91,9 @@ def test_layouts_without_names_for_a_kind_refuse_it(layout: str, kind: str, tmp_
     with pytest.raises(LayoutError, match=f"cannot hold .*{kind}"):
         written(adapter, layout)
     (module,) = list(adapter.modules.values())[:1]
-    assert formats.get(layout).lacking(module)
+    # PEFT has names for its own LoHa, and no true configuration for one that others have trained.
+    names = (layout, kind) == ("peft", "loha")
+    assert bool(formats.get(layout).lacking(module)) is not names
 
 
 @pytest.mark.parametrize(
