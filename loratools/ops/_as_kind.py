@@ -15,6 +15,7 @@ from loratools.kinds import lora
 from loratools.model import Adapter, Module, Target
 from loratools.ops._base_weights import Weights
 from loratools.ops._device import home, on, usable
+from loratools.ops._projections import completed
 from loratools.ops.as_lora import Converted, to_lora
 from loratools.ops.results import Conversion
 
@@ -49,12 +50,13 @@ def as_lora(
     done: list[Conversion] = []
     failed: list[tuple[Module, UnsupportedKindError]] = []
     with Weights(base, adapter.arch) if base is not None else nullcontext() as weights:
-        for target, module in adapter.modules.items():
+        for module, whole in zip(adapter.modules.values(), _whole(adapter, weights), strict=True):
+            target = module.target
             modules[target] = module
             if _stays(module, rank):
                 continue
             try:
-                found = _converted(module, weights, rank, dtype, place)
+                found = _converted(whole, weights, rank, dtype, place)
             except UnsupportedKindError as error:
                 failed.append((module, error))
                 continue
@@ -68,9 +70,22 @@ def as_lora(
             f"{len(failed)} of {len(adapter.modules)} modules cannot be turned into LoRA: {failed[0][1].problem}",
             path=adapter.path or None,
             keys=[str(module.target) for module, _ in failed],
-            todo="Kinds whose ΔW depends on the base weight need --base" if base is None else "",
+            todo=_todo(failed, given=base is not None),
         )
     return replace(adapter, modules=modules), before, done
+
+
+def _whole(adapter: Adapter, weights: Weights | None) -> list[Module]:
+    """The modules with what the file does not store of them, as far as the base tells it."""
+    modules = list(adapter.modules.values())
+    return modules if weights is None else completed(modules, lambda module: weights.of(module).shape[1])
+
+
+def _todo(failed: list[tuple[Module, UnsupportedKindError]], *, given: bool) -> str:
+    """What helps with modules that could not be converted."""
+    module, error = failed[0]
+    wants = module.magnitude is not None or kinds.get(module.kind).needs_base
+    return "Kinds whose ΔW depends on the base weight need --base" if wants and not given else error.todo
 
 
 def _stays(module: Module, rank: int | None) -> bool:

@@ -34,7 +34,7 @@ def digest(base: Base, adapters: Sequence[Adapter], plan: Plan, options: Options
         add(os.path.realpath(shard.path), shard.name, status.st_size, status.st_mtime_ns)
     for adapter in adapters:
         for module in adapter.modules.values():
-            add(module.target, module.kind, module.scale)
+            add(module.target, module.kind, module.scale, module.variant)
             for role, ref in module.tensors():
                 add(role, ref.dtype, ref.shape)
                 found.update(ref.raw())

@@ -150,14 +150,21 @@ class Replacement(NamedTuple):
     Attributes:
         values: Of the tensor's shape, outputs first, in any dtype.
         strength: The share of the way.
+        added: Whether another adapter has changed the tensor: then strength · (values − base) is added to that, so
+            that no adapter undoes what another does and their order does not matter.
     """
 
     values: torch.Tensor
     strength: float
+    added: bool = False
 
     def apply(self, block: Block) -> None:
         """Change the block's rows."""
-        toward(block.current, self.values[block.start : block.stop], self.strength)
+        values = self.values[block.start : block.stop]
+        if self.added:
+            add_difference(block.current, values, block.base, self.strength)
+        else:
+            toward(block.current, values, self.strength)
 
 
 class Exchange(NamedTuple):
@@ -168,21 +175,29 @@ class Exchange(NamedTuple):
         places: Which stored rows they are.
         strength: The share of the way.
         across: Whether stored rows are columns here: the tensor is stored as (in, out).
+        added: As in ``Replacement``.
     """
 
     values: torch.Tensor
     places: tuple[int, ...]
     strength: float
     across: bool
+    added: bool = False
 
     def apply(self, block: Block) -> None:
         """Change the block's rows."""
         for number, place in enumerate(self.places):
             if self.across:
+                at: tuple[slice | int, ...] = (slice(None), place)
                 values = self.values[number, block.start : block.stop]
-                toward(block.current[:, place], values, self.strength)
             elif block.start <= place < block.stop:
-                toward(block.current[place - block.start], self.values[number], self.strength)
+                at, values = (place - block.start,), self.values[number]
+            else:
+                continue
+            if self.added:
+                add_difference(block.current[at], values, block.base[at], self.strength)
+            else:
+                toward(block.current[at], values, self.strength)
 
 
 def toward(current: torch.Tensor, values: torch.Tensor, share: float) -> None:
@@ -191,6 +206,11 @@ def toward(current: torch.Tensor, values: torch.Tensor, share: float) -> None:
         current.copy_(values)
     else:
         current.lerp_(values.to(current.device, current.dtype), share)
+
+
+def add_difference(current: torch.Tensor, values: torch.Tensor, base: torch.Tensor, factor: float) -> None:
+    """Add factor · (values − base) to ``current`` in place."""
+    current.add_(values.to(current.device, current.dtype) - base, alpha=factor)
 
 
 def row_norms(matrix: torch.Tensor) -> torch.Tensor:

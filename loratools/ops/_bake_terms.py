@@ -75,8 +75,13 @@ class Compiler(NamedTuple):
         if term.role == "rows":
             # Tensors of tokens may be stored in fewer bits than an index can pick from.
             values = term.tensor.load().to(self.device, self.dtype)
-            return steps.Exchange(values, term.places, term.strength, self.turned)
-        return steps.Replacement(rows_first(term.tensor.load(), self.turned), term.strength)
+            return steps.Exchange(values, term.places, term.strength, self.turned, self._follows(term))
+        values = rows_first(term.tensor.load(), self.turned)
+        return steps.Replacement(values, term.strength, self._follows(term))
+
+    def _follows(self, term: Term) -> bool:
+        """Whether another adapter has changed the tensor before a term does."""
+        return self.change.terms[0].adapter != term.adapter
 
     def _weight(self, term: Term, module: Module) -> steps.Step:
         spans = term.spans or ((0, len(self.base), 0),)

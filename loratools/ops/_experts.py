@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
+from loratools.archs._experts import REGISTERED
 from loratools.errors import NameResolutionError, ShapeError
 from loratools.formats import _peft_config
 from loratools.io.base import Weight
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     import torch
 
 _BASE_LAYER = ".base_layer"
-# Registered in this order by transformers' experts.
-_REGISTERED = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 # Model types whose experts are stored as (experts, in, out) and say so to PEFT.
 TURNED = frozenset({"aria", "aria_text", "gpt_oss", "openai_privacy_filter"})
 # More parameters of one module than this are only tried in their registered order.
@@ -122,7 +121,7 @@ def _parameters(adapter: Adapter, path: str, part: Mapping[str, Weight], owner: 
         above, _, leaf = name.rpartition(".")
         key = f"{owner}.{leaf}"
         if key in part and (not above or path == above or path.endswith("." + above)):
-            registered = _REGISTERED.index(leaf) if leaf in _REGISTERED else len(_REGISTERED)
+            registered = REGISTERED.index(leaf) if leaf in REGISTERED else len(REGISTERED)
             found.setdefault(key, (registered, place))
     return sorted(found, key=lambda key: found[key])
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from loratools import archs
-from loratools.formats import _peft_config
+from loratools.formats import _peft_shared, _peft_special
 from loratools.io.base import Base, Weight
 from loratools.model import Adapter, Module
-from loratools.ops import _experts, _quantised, _replaced, _tied, _unplaced
+from loratools.ops import _experts, _moe_base, _quantised, _replaced, _row_orders, _tied, _unplaced
 from loratools.ops._arch_of import settle
 from loratools.ops._changes import Change, Plan, Term
 from loratools.ops._network import split_key
-from loratools.ops._places import Places, Shape
+from loratools.ops._places import Place, Places, Shape
+from loratools.ops._projections import completed
 from loratools.ops._terms import Spot, Step, scale_of, spots
 
 
@@ -48,8 +49,10 @@ def plan(
             for a base that its training has changed.
     """
     for adapter in adapters:
-        _peft_config.refuse_changed_base(adapter)
-    name, adapters = settle(base, adapters, arch)
+        _peft_special.refuse_unmergeable(adapter)
+        _peft_shared.refuse_bare(adapter)
+    name, adapters = settle(base, _row_orders.for_base(adapters, base), arch)
+    adapters = [_moe_base.for_base(adapter, base) for adapter in adapters]
     _unplaced.refuse_components(components, adapters, name)
     atlas = Atlas(base, name, dict.fromkeys(target.component for each in adapters for target in each.modules))
     found: list[_Found] = []
@@ -163,7 +166,7 @@ class _Found:
         self.misfits += found.misfits
         self.missing += [str(target) for target in found.missing]
         self.matched += len(found.places)
-        for module in modules:
+        for module in completed(modules, lambda module: _inputs(found.places.get(module.target))):
             if module.kind == "experts":
                 self._experts(module, places, atlas.base)
             elif module.target in found.places:
@@ -181,8 +184,12 @@ class _Found:
         adapter, number, strength = self.step
         part = places.network.part
         weights = base.parts.get(part, {})
-        owner = places.owner(_experts.bare(module.target.path))
-        key = _experts.parameter_of(adapter, module, weights, owner)
+        above, _, leaf = module.target.path.rpartition(".")
+        # A path may be the parameter's own; PEFT's are those of its owner.
+        key: str | None = f"{places.owner(above)}.{leaf}"
+        if key not in weights:
+            owner = places.owner(_experts.bare(module.target.path))
+            key = _experts.parameter_of(adapter, module, weights, owner)
         if key is None:
             self.missing.append(str(module.target))
             return
@@ -202,6 +209,14 @@ class _Found:
         self.missing += missing
         component = owners[0] if owners else archs.get(atlas.arch).components[0].name
         return [Spot(part, weight, term, component, split_key(weight.key)[0]) for part, weight, term in terms]
+
+
+def _inputs(place: Place | None) -> int | None:
+    """How many inputs the weight at a place has."""
+    if place is None:
+        return None
+    piece = place.pieces[0]
+    return piece.weight.shape[0 if piece.turned else 1]
 
 
 def _changes(base: Base, found: Sequence[Spot]) -> tuple[Change, ...]:

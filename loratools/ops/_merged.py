@@ -4,72 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from loratools import __version__
-from loratools.errors import LayoutError, OptionError
-from loratools.model import Adapter, Module, Target
+from loratools.model import EMPTY, Adapter, Module, Target
 from loratools.ops import _metadata, files
 from loratools.ops._combine import Combined
 from loratools.ops._merge_steps import shown_name
 from loratools.ops._request import Request
-from loratools.ops.results import MergedModule, MergeReport
+from loratools.ops.align import Contribution
+from loratools.ops.merge_results import MergedGroup, MergedModule, MergeReport
 from loratools.tensors import TensorRef
 
 RECORD = "loratools.merge"
 RECIPE = "loratools.recipe"
 _CHUNK = 1 << 20
-
-
-def extras(
-    adapters: Sequence[Adapter], layout: str, drop: Iterable[str]
-) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
-    """Tensors that belong to no module: taken over where one input has them or all that do agree.
-
-    Returns:
-        What is carried, and the keys that were dropped.
-
-    Raises:
-        LayoutError: Two inputs differ on one, or it comes from another layout.
-    """
-    allowed = set(drop)
-    if allowed - {"extras"}:
-        raise OptionError(
-            f"nothing called {sorted(allowed - {'extras'})[0]!r} can be dropped", candidates=["extras"]
-        )
-    every = {key: ref for adapter in adapters for key, ref in adapter.extras.items()}
-    if "extras" in allowed:
-        return {}, tuple(every)
-    foreign = [key for adapter in adapters if adapter.layout.name != layout for key in adapter.extras]
-    if foreign:
-        raise LayoutError(
-            f"{len(foreign)} tensors belong to no module and the {layout} layout has no name for them",
-            keys=foreign,
-            todo="Leave them out with --drop extras",
-        )
-    kept: dict[str, TensorRef] = {}
-    differing: list[str] = []
-    for adapter in adapters:
-        for key, ref in adapter.extras.items():
-            if key in kept and not _equal(kept[key], ref):
-                differing.append(key)
-            kept.setdefault(key, ref)
-    if differing:
-        raise LayoutError(
-            f"{len(differing)} tensors replace weights of the base model and differ between the inputs",
-            keys=list(dict.fromkeys(differing)),
-            expected="Weights saved in full (modules_to_save, biases) have no sum",
-            todo="Leave them out with --drop extras, or take them from one input only",
-        )
-    return kept, ()
-
-
-def _equal(one: TensorRef, other: TensorRef) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and one.raw() == other.raw()
 
 
 def metadata(
@@ -146,8 +100,8 @@ class Inputs:
     def described(self) -> list[dict[str, Any]]:
         """One mapping per input.
 
-        "path", "weight", "layout", "arch", "modules", "sha256" (empty where it came from no file), and "multipliers":
-        what the weights by component, block and pattern hit in it.
+        "path", "weight", "layout", "arch", "modules", "sha256" and "bytes", a count (empty and 0 where it came from
+        no file), and "multipliers": what the weights by component, block and pattern hit in it.
         """
         return [
             {
@@ -157,6 +111,7 @@ class Inputs:
                 "arch": adapter.arch,
                 "modules": len(adapter.modules),
                 "sha256": found.result(),
+                "bytes": os.path.getsize(adapter.path) if found.result() else 0,
                 "multipliers": self._hits(number),
             }
             for number, (adapter, weight, found) in enumerate(
@@ -176,45 +131,31 @@ def sha256(path: str) -> str:
     return whole.hexdigest()
 
 
-def remarks(asked: Request, extras: Mapping[str, TensorRef], modules: Mapping[Target, Module]) -> list[str]:
-    """What the caller should know of a result that is right, and may surprise."""
-    said: list[str] = []
-    if extras and set(asked.weights) - {0.0, 1.0}:
-        said.append(
-            f"{len(extras)} tensors replace weights of the base and were carried whole, whatever the weights "
-            f"(first: {next(iter(extras))})"
-        )
-    alphas = {module.scale * (module.rank or 1) for module in modules.values()}
-    if asked.layout.name == "kohya" and len(alphas) > 1:
-        said.append(
-            "modules that went over unchanged state an alpha of their own; diffusers 0.42 applies one alpha to all "
-            "modules of a Kohya file. For diffusers choose --to diffusers"
-        )
-    return said
-
-
 def config(
-    adapters: Sequence[Adapter], modules: Mapping[Target, Module], extras: Mapping[str, TensorRef]
+    adapters: Sequence[Adapter],
+    modules: Mapping[Target, Module],
+    extras: Mapping[str, TensorRef],
+    said: Mapping[str, Any] = EMPTY,
 ) -> dict[str, Any]:
-    """A starting point for the merged adapter_config.json: the first input's, as far as it holds for the result."""
+    """A starting point for the merged adapter_config.json: the first input's, as far as it holds for the result.
+
+    Args:
+        adapters: The inputs.
+        modules: The result's.
+        extras: What the result holds in full.
+        said: Fields that are told by that.
+    """
     configs = [adapter.config for adapter in adapters if "peft_type" in adapter.config]
     if not configs:
         return {}
     merged = dict(configs[0])
-    for key in ("modules_to_save", "trainable_token_indices", "bias", "base_model_name_or_path"):
-        stated = [each.get(key) for each in configs if each.get(key) not in (None, [], {}, "none")]
-        if stated:
-            merged[key] = _united(stated)
+    stated = [each["base_model_name_or_path"] for each in configs if each.get("base_model_name_or_path")]
+    if stated:
+        merged["base_model_name_or_path"] = stated[0]
+    merged.update(said)
     if any(set(adapter.modules) != set(modules) for adapter in adapters):
         merged["target_modules"] = None
     return merged if extras else files.without_extras(merged)
-
-
-def _united(values: Sequence[Any]) -> Any:
-    """Lists of names together; of anything else the first."""
-    if all(isinstance(value, list) for value in values):
-        return list(dict.fromkeys(each for value in values for each in value))
-    return values[0]
 
 
 def chosen(asked: Request) -> dict[str, Any]:
@@ -225,6 +166,7 @@ def chosen(asked: Request) -> dict[str, Any]:
 def report(
     asked: Request,
     merged: Adapter,
+    targets: Mapping[Target, Sequence[Contribution]],
     results: Mapping[Target, Combined],
     inputs: Sequence[Mapping[str, Any]],
     dropped: tuple[str, ...],
@@ -234,30 +176,44 @@ def report(
     Args:
         asked: What was asked for.
         merged: The result.
+        targets: What the inputs bring to each target.
         results: By target.
         inputs: From ``Inputs.described``.
         dropped: Keys of tensors that were left out.
     """
-    # What was carried over or kept whole has lost nothing.
-    whole = sum(each.size / (1.0 if each.energy is None else each.energy or 1.0) for each in results.values())
-    modules = merged.modules.values()
+    modules = tuple(
+        _entry(target, module, results[target], targets[target]) for target, module in merged.modules.items()
+    )
+    dtypes = Counter(ref.dtype for module in merged.modules.values() for _, ref in module.tensors())
     return MergeReport(
         method=asked.method.name,
         options={**chosen(asked), **asked.steps.named()},
         inputs=tuple(inputs),
-        modules=tuple(_entry(target, module, results[target]) for target, module in merged.modules.items()),
-        energy=sum(each.size for each in results.values()) / whole if whole else 1.0,
+        modules=modules,
+        energy=MergedGroup(modules).energy,
         layout=asked.layout.name,
         arch=asked.arch,
-        dtypes=dict(Counter(ref.dtype for module in modules for _, ref in module.tensors())),
-        ranks=dict(sorted(Counter(module.rank or 0 for module in modules).items())),
+        dtypes=dict(dtypes),
+        ranks=dict(sorted(Counter(module.rank for module in modules).items())),
         carried=tuple(merged.extras),
         dropped=dropped,
         notes=merged.notes,
     )
 
 
-def _entry(target: Target, module: Module, result: Combined) -> MergedModule:
+def _entry(
+    target: Target, module: Module, result: Combined, contributions: Sequence[Contribution]
+) -> MergedModule:
+    before = Counter[int]()
+    for each in contributions:
+        before[each.source] += each.module.rank or 0
     return MergedModule(
-        str(target), target.component, result.sources, module.rank or 0, result.energy, module.shape
+        target=str(target),
+        component=target.component,
+        inputs=result.sources,
+        rank=module.rank or 0,
+        energy=result.energy,
+        shape=module.shape,
+        before=tuple(before[source] for source in result.sources),
+        norm=math.sqrt(result.size),
     )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from loratools.formats._patterns import Pattern, pattern
 from loratools.ops.results import ModuleInfo
 
 _EMPTY_HASH = "e3b0c442"
@@ -226,7 +227,7 @@ class _Rules:
 
     def __init__(self, stated: Iterable[str]) -> None:
         self._plain: dict[str, list[str]] = {}
-        self._others: list[tuple[str, re.Pattern[str]]] = []
+        self._others: list[tuple[str, Pattern]] = []
         for rule in stated:
             name = re.sub(r"\\(\W)", r"\1", rule.removeprefix("^"))
             if re.fullmatch(r"[\w.-]+", name):
@@ -234,7 +235,7 @@ class _Rules:
                 self._plain.setdefault(anchor + name, []).append(rule)
                 continue
             with suppress(re.error):  # which the reader takes for a plain name
-                self._others.append((rule, re.compile(rf"(.*\.)?({rule})$")))
+                self._others.append((rule, pattern(rule, tail=True)))
 
     def matching(self, name: str) -> list[str]:
         """The patterns that match a module."""
@@ -243,4 +244,4 @@ class _Rules:
         while dot:
             found += self._plain.get(tail, ())
             _, dot, tail = tail.partition(".")
-        return found + [rule for rule, pattern in self._others if pattern.match(name)]
+        return found + [rule for rule, ready in self._others if ready.matches(name)]

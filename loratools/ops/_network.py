@@ -6,7 +6,7 @@ of ComfyUI, or the name of diffusers' subfolder. A file of one network alone mar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from loratools import archs, formats
@@ -68,6 +68,20 @@ def networks(base: Base, arch: str, component: str) -> list[Network]:
             if 2 * explained(arch, component, marked) >= len(marked.modules):
                 return [marked]
     return [Network("", "", modules_of(whole))]
+
+
+def chosen(found: Sequence[Network], keys: Iterable[str]) -> tuple[Network, tuple[str, ...]]:
+    """The network that is meant, and the subfolders of the others.
+
+    Of several the first is what diffusers loads an adapter into, unless its keys name another.
+    """
+    if not found:
+        return Network("", "", {}), ()
+    named = {key.partition(".")[0] for key in keys}
+    own = found[0]
+    if len(found) > 1:
+        own = next((each for each in found if named == {each.part}), own)
+    return own, tuple([each.part for each in found if each is not own])
 
 
 def explained(arch: str, component: str, network: Network) -> int:

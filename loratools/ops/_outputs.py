@@ -61,6 +61,8 @@ def check_name(path: PathLike, layout: str) -> str:
         raise OptionError(
             f"the {form.title} layout is a folder", path=target, todo="Give a folder's name, or another --to"
         )
+    if form.container != "safetensors":
+        return _of_one_kind(target, suffix, form)
     if not form.folder and (os.path.isdir(target) or target.endswith(_SEPARATORS)):
         raise OptionError(
             "the output is a folder" if os.path.isdir(target) else "the output has a folder's name",
@@ -77,3 +79,18 @@ def check_name(path: PathLike, layout: str) -> str:
             todo="Give a name that ends in .safetensors",
         )
     return "safetensors"
+
+
+def _of_one_kind(target: str, suffix: str, form: formats.Format) -> str:
+    """The container of a layout that has one of its own."""
+    if (
+        os.path.isdir(target)
+        or target.endswith(_SEPARATORS)
+        or (suffix in SUFFIXES and suffix != f".{form.container}")
+    ):
+        raise LayoutError(
+            f"the {form.title} layout is not written under such a name",
+            path=target,
+            todo=f"Give a name that ends in .{form.container}",
+        )
+    return form.container

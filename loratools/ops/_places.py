@@ -13,12 +13,12 @@ from typing import NamedTuple
 from loratools import archs
 from loratools.io.base import Base, Weight
 from loratools.model import EMPTY, Module, Rows, Target
-from loratools.ops import _unet_depth
+from loratools.ops import _fused_rows, _unet_depth
 from loratools.ops._base_match import Paths, match
 from loratools.ops._base_parts import fits
 from loratools.ops._changes import Piece, Span
 from loratools.ops._identify import is_conv1d, is_projection, keeps_inputs_first
-from loratools.ops._network import Network, Stored, networks
+from loratools.ops._network import Stored, chosen, networks
 from loratools.ops._pieces import Held, dialects, held, meaning, spans
 from loratools.tensors import DTYPES
 
@@ -103,7 +103,7 @@ class Places:
             keys: The adapter's keys, which may name the one of several networks that is meant.
         """
         self.component = component
-        self.network, self.others = _chosen(networks(base, arch, component), keys)
+        self.network, self.others = chosen(networks(base, arch, component), keys)
         row = archs.component(arch, component)
         self._table = row.table if row is not None else None
         self._modules = self.network.modules
@@ -114,6 +114,7 @@ class Places:
             self._table = self._renumbered.own
         self._order = dialects(self._table, self._modules) if self._table is not None else ()
         self._inputs_first = keeps_inputs_first(self._modules)
+        self._config = base.configs.get(self.network.part, {})
 
     @property
     def paths(self) -> Mapping[str, Stored]:
@@ -207,8 +208,27 @@ class Places:
                 self._settle(found, _Wanted(module, module.target, resized), held_whole)
             elif name in result.ambiguous:
                 found.ambiguous[module.target] = result.ambiguous[name]
+            elif (regrouped := self._regrouped(name)) is not None:
+                target = module.target._replace(rows=module.target.rows or regrouped[0])
+                self._settle(found, _Wanted(module, target, resized), regrouped[1])
             else:
                 found.missing.append(module.target)
+
+    def _regrouped(self, name: str) -> tuple[Rows | None, list[Held]] | None:
+        """Which rows of a fused weight a name means, and what the base has of that; None where it has nothing."""
+        fused = _fused_rows.part_in(name, self._config)
+        if fused is not None:
+            path = self.stored(fused.path)
+            return None if path is None else (fused.rows, [Held(path, None)])
+        parts = _fused_rows.parts_of(name, self._height)
+        if parts is None:
+            return None
+        return None, [Held(path, part.rows) for part in parts if (path := self.stored(part.path))]
+
+    def _height(self, name: str) -> int | None:
+        path = self.stored(name)
+        weight = self._modules[path].weight if path is not None else None
+        return weight.shape[0] if weight is not None and weight.shape else None
 
     def _settle(self, found: Found, wanted: _Wanted, pieces: Sequence[Held]) -> None:
         """A module's place, or the sentence that says why it does not fit."""
@@ -238,22 +258,22 @@ class Places:
         if not DTYPES[weight.dtype].floating or not shape:
             # A quantisation's codes: they are refused by name, whatever shape they have.
             return _Cut(each.path, shape, ((0, shape[0] if shape else 1, 0),), packed=True)
-        turned = self._turned(wanted.module, each, shape, alone)
+        turned = self._turned(wanted, each, shape, alone)
         height = shape[1] if turned else shape[0]
         return _Cut(each.path, shape, spans(wanted.target.rows, each.rows, height), turned)
 
-    def _turned(self, module: Module, each: Held, shape: Shape, alone: bool) -> bool:
+    def _turned(self, wanted: _Wanted, each: Held, shape: Shape, alone: bool) -> bool:
         """Whether a tensor is stored as (in, out): shapes say, or the network's other biases, or the adapter.
 
         An adapter may say the contrary of what is so: PEFT corrects its flag as it loads, but not in the file.
         """
         if len(shape) != 2 or is_projection(each.path, self._modules[each.path]):
             return len(shape) == 2
-        said = module.shape
+        module, said = wanted.module, wanted.module.shape
         gpt2 = self._inputs_first and is_conv1d(each.path, shape)
         if module.op == "embedding" or said is None or len(said) != 2 or not alone:
             return module.in_first or module.op == "embedding" or gpt2
-        rows = module.target.rows or Rows(((0, 1),), 1)
+        rows = wanted.target.rows or Rows(((0, 1),), 1)
         whole = (said[0] * rows.of // rows.shares, said[1])
         may_be_turned = self._table is None or module.in_first
         if whole != shape and whole == shape[::-1]:
@@ -266,20 +286,6 @@ def bare(path: str) -> str:
     while path.endswith(_BASE_LAYER):
         path = path.removesuffix(_BASE_LAYER)
     return path
-
-
-def _chosen(found: Sequence[Network], keys: Iterable[str]) -> tuple[Network, tuple[str, ...]]:
-    """The network that is meant, and the subfolders of the others.
-
-    Of several the first is what diffusers loads an adapter into, unless its keys name another.
-    """
-    if not found:
-        return Network("", "", {}), ()
-    named = {key.partition(".")[0] for key in keys}
-    chosen = found[0]
-    if len(found) > 1:
-        chosen = next((each for each in found if named == {each.part}), found[0])
-    return chosen, tuple([each.part for each in found if each is not chosen])
 
 
 def _misfit(module: Module, cut: Sequence[_Cut]) -> str:

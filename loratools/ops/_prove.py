@@ -105,10 +105,25 @@ def verify(adapter: Adapter, converted: Converted, after: Adapter) -> Probed:
 
 def compared(converted: Converted, after: Adapter) -> Probed:
     """What random probes find of the differences between what was to be written and what was read back."""
-    from loratools.ops import _probe
+    from loratools.ops import _moe_known, _moe_single, _probe, _reread, _row_orders
 
+    if converted.reordered:
+        after = _row_orders.as_transformers(after, converted.host)
+    after = _reread.under(after, converted.renamed)
     arch = converted.adapter.arch
-    return _probe.compare(arch, converted.expected, after.modules.values(), converted.rounded)
+    told, kept = converted.experts, converted.adapter.modules.values()
+    after = _moe_known.known(after, told.total if _moe_single.has_fused(kept) else None)
+    if not _moe_single.has_fused((*converted.expected, *after.modules.values())):
+        return _probe.compare(arch, converted.expected, after.modules.values(), converted.rounded)
+    mine, theirs = (_moe_single.singly(each, told) for each in (converted.expected, after.modules.values()))
+    rounded_ones = [(converted.rounded.get(weight_of(module, arch)), module) for module in kept]
+    rounded_now = {
+        weight_of(part, arch): dtype
+        for dtype, module in rounded_ones
+        if dtype is not None
+        for part in _moe_single.singly([module], told)
+    }
+    return _probe.compare(arch, mine, theirs, rounded_now)
 
 
 def refuse_changes(adapter: Adapter, found: Probed) -> None:

@@ -33,6 +33,8 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "device": (str,),
     "arch": (str,),
     "drop": (list,),
+    "full_modules": (str, int),
+    "base": (str,),
     "allow_nonfinite": (bool,),
 }
 _WORDS = {

@@ -28,6 +28,8 @@ _TOKENS = "token_adapter"
 _ROWS = "trainable_tokens_delta"
 # A copy of the base's own rows, kept so that a merge can be undone.
 _ORIGINAL_ROWS = "trainable_tokens_original"
+# What VeLoRA and MonteCLoRA keep of their training, without which their layers compute what plain ones do.
+_TRAINING = frozenset(("lora_velora_embed", "lora_monteclora_sampler"))
 # Modules that have one row for each word of the vocabulary.
 _VOCABULARY = (
     *("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared", "proj_out"),
@@ -83,12 +85,12 @@ def terms(
         OptionError: The vocabulary changes, and the strength is not 1.
         MalformedFileError: The configuration does not say which rows the adapter holds.
     """
-    if not _is_peft(adapter):
+    if not is_peft(adapter):
         return [], [key for key in adapter.extras if not _means_nothing(key)]
     made: list[tuple[str, Weight, Term]] = []
     missing: list[str] = []
     heights: dict[str, int] = {}
-    for saved in sorted(_saved(adapter), key=lambda each: each.role != "base"):
+    for saved in sorted(kept_whole(adapter), key=lambda each: each.role != "base"):
         found = _found(saved.key, find)
         if found is None:
             if saved.role != "base":
@@ -99,7 +101,7 @@ def terms(
             continue
         term = Term(position, strength, "replace", tensor=saved.ref)
         if saved.role == "rows":
-            places = _places(adapter, saved)
+            places = rows_of(adapter, saved)
             _check_rows(adapter, saved, places, weight, heights.get(saved.key))
             term = term._replace(role="rows", places=places)
         else:
@@ -177,7 +179,8 @@ def _said(base: Base, part: str, size: int) -> dict[str, Any]:
     return {"vocab_size": size}
 
 
-def _is_peft(adapter: Adapter) -> bool:
+def is_peft(adapter: Adapter) -> bool:
+    """Whether an adapter's tensors of no module are PEFT's."""
     return adapter.layout.name == "peft" or "peft_type" in adapter.config
 
 
@@ -186,8 +189,8 @@ def _means_nothing(key: str) -> bool:
     return key.endswith(".alpha")
 
 
-def _saved(adapter: Adapter) -> list[Saved]:
-    """What the extras of a PEFT adapter stand for, each tensor of the base once for each role."""
+def kept_whole(adapter: Adapter) -> list[Saved]:
+    """What the extras of an adapter of PEFT's stand for, each tensor of the base once for each role."""
     found: dict[tuple[str, str], Saved] = {}
     for name, ref in adapter.extras.items():
         key, role = _split(name)
@@ -201,7 +204,7 @@ def _split(name: str) -> tuple[str, str]:
     """The base's key that a key of the file stands for, and the role; an empty role where it does nothing."""
     module, _, leaf = clean(name).rpartition(".")
     words = module.split(".")
-    if _ORIGINAL_ROWS in (leaf, *words[-1:]):
+    if _ORIGINAL_ROWS in (leaf, *words[-1:]) or not _TRAINING.isdisjoint((leaf, *words)):
         return name, ""
     for end in (_ROWS, _SAVED):
         # The adapter's name may follow: "….modules_to_save.default.weight".
@@ -233,8 +236,12 @@ def wrapped(key: str) -> Iterator[str]:
                 yield name
 
 
-def _places(adapter: Adapter, saved: Saved) -> tuple[int, ...]:
-    """Which rows an adapter holds, by its configuration."""
+def rows_of(adapter: Adapter, saved: Saved) -> tuple[int, ...]:
+    """Which rows an adapter holds of a tensor whose role is "rows", by its configuration.
+
+    Raises:
+        MalformedFileError: It does not say.
+    """
     said = adapter.config.get("trainable_token_indices", adapter.config.get("token_indices"))
     module = saved.key.rpartition(".")[0]
     if isinstance(said, Mapping):

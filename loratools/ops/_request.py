@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,9 @@ from loratools.errors import LayoutError, OptionError, UnsupportedKindError
 from loratools.model import Adapter, Layout, Module
 from loratools.ops import align, files
 from loratools.ops._device import usable
+from loratools.ops._extras_base import BaseModel
+from loratools.ops._extras_rows import REFUSE
+from loratools.ops._extras_ways import checked_way
 from loratools.ops._merge_steps import Steps, checked
 from loratools.ops._weights import Spec, Weights
 
@@ -51,6 +53,8 @@ class Request:
         alpha: What every computed module states, or None for its own rank.
         steps: What is done before and after the method.
         said: What else the caller said and a recipe repeats, as JSON has it.
+        base: The model that the inputs were trained on, or None.
+        way: What is done with modules that several inputs hold in full; see ``_extras``.
     """
 
     adapters: tuple[Adapter, ...]
@@ -66,6 +70,8 @@ class Request:
     alpha: float | None
     steps: Steps
     said: Mapping[str, Any]
+    base: BaseModel | None
+    way: str
 
 
 def request(
@@ -84,6 +90,8 @@ def request(
     allow_nonfinite: bool,
     options: Mapping[str, Any],
     said: Mapping[str, Any],
+    base: BaseModel | None = None,
+    full_modules: str | int = REFUSE,
 ) -> Request:
     """Check everything that does not need the tensors.
 
@@ -119,6 +127,8 @@ def request(
         alpha=_common_alpha(adapters, rank) if target_layout.name == "kohya" else None,
         steps=checked(steps, adapters),
         said=said,
+        base=base,
+        way=checked_way(full_modules, len(adapters), based=base is not None),
     )
 
 
@@ -154,22 +164,15 @@ def _common_alpha(adapters: Sequence[Adapter], rank: int | None) -> float:
 
 
 def _method(name: str, count: int) -> methods.Method:
-    known = methods.methods()
-    if name not in known:
-        raise OptionError(
-            f"there is no merge method {name!r}",
-            candidates=difflib.get_close_matches(name, known),
-            expected=f"Known are {', '.join(known)}",
-        )
-    most = known[name].most
-    if most is not None and count > most:
-        able = [other for other, method in known.items() if method.most is None]
+    chosen = methods.get(name)
+    if chosen.most is not None and count > chosen.most:
+        able = [other for other, method in methods.methods().items() if method.most is None]
         raise OptionError(
             f"{count} inputs for {name}",
-            expected=f"{name} takes at most {most}",
+            expected=f"{name} takes at most {chosen.most}",
             todo=f"Merge them in steps, or with a method that takes any number: {', '.join(able)}",
         )
-    return known[name]
+    return chosen
 
 
 def _options(method: methods.Method, rank: int | None, given: Mapping[str, Any]) -> methods.Options:
@@ -215,7 +218,7 @@ def refuse(asked: Request) -> None:
     """Refuse modules that cannot be merged, all of them named at once.
 
     Raises:
-        UnsupportedKindError: Modules of other kinds than LoRA, or DoRA.
+        UnsupportedKindError: Modules of other kinds than LoRA.
         OptionError: There are no modules.
     """
     everything = (*asked.adapters, *asked.steps.styles)
@@ -230,14 +233,6 @@ def refuse(asked: Request) -> None:
             path=other[0][0].path or None,
             keys=[str(module.target) for _, module in other],
             expected="Only LoRA and LoCon modules can be merged",
-        )
-    doras = [(adapter, module) for adapter, module in modules if module.magnitude is not None]
-    if doras:
-        raise UnsupportedKindError(
-            f"{len(doras)} modules are DoRA: their ΔW depends on the base weights, which merging does not have",
-            path=doras[0][0].path or None,
-            keys=[str(module.target) for _, module in doras],
-            todo="Bake them into the base model one by one instead",
         )
 
 

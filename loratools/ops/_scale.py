@@ -62,6 +62,27 @@ def alike(parts: Sequence[Module]) -> tuple[list[Module], bool]:
     return found, rounded
 
 
+def restated(module: Module, scale: float, dtype: str = "") -> tuple[Module, bool]:
+    """The module with another scale, its factors making up for it.
+
+    Args:
+        module: Its kind multiplies factors.
+        scale: What it is to have, not 0.
+        dtype: The store dtype of the factors that change, rounded to once; default: their own.
+
+    Returns:
+        The module, and whether values may have been rounded: not where the ratio is a power of two.
+
+    Raises:
+        UnsupportedKindError: The kind has no pair of factors to fold a scale into.
+    """
+    if module.scale == scale:
+        return module, False
+    ratio = module.scale / scale
+    found = _into(module, ratio, dtype)._replace(scale=scale, alpha=None, alpha_tensor=None)
+    return found, not is_power_of_two(ratio) or _is_narrow(module, dtype)
+
+
 def times(ref: TensorRef, factor: float, dtype: str = "") -> TensorRef:
     """A tensor multiplied in float64, and rounded once to a store dtype (default: its own)."""
     return files.cast(ref, dtype or ref.dtype, factor).renamed("")

@@ -16,7 +16,12 @@ from loratools.registry import scan
 from loratools.tensors import TensorRef
 
 # Kinds that --as lora knows; a LoRA among them has more than two factors.
-_BECOME_LORA = frozenset({"lora", "loha", "lokr", "oft", "glora", "ia3", "full", "magnitude"})
+_BECOME_LORA = frozenset(
+    (
+        *("lora", "adalora", "loha", "lokr", "oft", "glora", "ia3", "full", "magnitude"),
+        *("vera", "miss", "vblora", "unilora"),
+    )
+)
 _TODOS_SHOWN = 2
 # Modules that other layouts are tried with, for the message.
 _SAMPLE = 12
@@ -99,6 +104,7 @@ def settle(
         f"the {layout.name} layout cannot hold {len(keys)} of the input's tensors: {shown}",
         path=adapter.path or None,
         keys=keys,
+        expected="A place in it was expected for every tensor",
         todo=". ".join(_ways_out(refused, keys, adapter, layout, nothing=nothing)),
     )
 

@@ -59,6 +59,7 @@ class Weights:
         )
         _refuse_unknown(self._blocks, adapters, "block", lambda adapter: _block_names(adapter, table))
         self._hits: list[Counter[_Hit]] = [Counter() for _ in adapters]
+        self._missed: list[list[Target]] = [[] for _ in adapters]
         self._found: list[dict[Target, float]] = [
             {target: self._multiplied(source, target, weight) for target in adapter.modules}
             for source, (adapter, weight) in enumerate(zip(adapters, weights, strict=True))
@@ -76,9 +77,8 @@ class Weights:
         """
         counts = self._hits[source]
         rows = [("component", name, weight) for name, weight in self._components[source].items()]
-        whole = self._explicit[source if len(self._explicit) > 1 else 0] if self._explicit else False
         for name, weight in self._blocks[source].items():
-            if whole or counts["block", name]:
+            if self._is_explicit(source) or counts["block", name]:
                 rows.append(("block", name, weight))
         patterns = [
             ("pattern", rule.name, rule.said) for rule in self._rules if rule.source in (None, source)
@@ -87,6 +87,17 @@ class Weights:
             {"by": by, "name": name, "weight": weight, "modules": counts[by, name]}
             for by, name, weight in (*rows, *patterns)
         ]
+
+    def missed(self, source: int) -> list[Target]:
+        """The modules of an input that a vector or a preset of block weights names no block of: they keep their weight.
+
+        Weights for blocks that the user named one by one leave the rest alone, and miss nothing.
+        """
+        return self._missed[source]
+
+    def _is_explicit(self, source: int) -> bool:
+        """Whether an input's block weights were named one by one, if it has any."""
+        return bool(self._explicit) and self._explicit[source if len(self._explicit) > 1 else 0]
 
     def _multiplied(self, source: int, target: Target, weight: float) -> float:
         """An input's weight times the component's, the block's and the pattern's."""
@@ -99,6 +110,8 @@ class Weights:
         if block is not None:
             hits["block", block] += 1
             weight *= self._blocks[source][block]
+        elif self._blocks[source] and not self._is_explicit(source):
+            self._missed[source].append(target)
         found = _weight_patterns.weight_at(self._rules, source, target.path)
         if found is not None:
             hits["pattern", found[0].name] += 1

@@ -16,7 +16,7 @@ import torch
 from loratools import archs
 from loratools.errors import ArchitectureError, NameResolutionError, ShapeError
 from loratools.model import Adapter, Module, Rows, Target
-from loratools.ops import files
+from loratools.ops import _row_orders, files
 
 # Architectures without a table, whose paths are their own names.
 _IDENTITY = {"llm", "speech", "vision"}
@@ -94,7 +94,9 @@ def align(
 
     Raises:
         ShapeError: Two inputs disagree on a weight's shape.
+        LayoutError: Their rows are in different orders, or in another than the result's.
     """
+    _row_orders.refuse_mixture(adapters, layout)
     by_path: dict[tuple[str, str], list[tuple[int, Module]]] = {}
     for source, adapter in enumerate(adapters):
         for module in adapter.modules.values():
@@ -138,6 +140,9 @@ def _pieces(
     members: Sequence[tuple[int, Module]], component: str, path: str, arch: str, *, dialect: str, layout: str
 ) -> list[Rows | None]:
     present = list(dict.fromkeys(module.target.rows for _, module in members))
+    if None in present:
+        # Where one input changes the whole weight, parts of it are rows of that.
+        present = [None]
     owner = archs.component(arch, component)
     if owner is None or owner.table is None:
         return present
@@ -163,6 +168,7 @@ def _check_shapes(found: Mapping[Target, Sequence[Contribution]], adapters: Sequ
             f"the inputs disagree on the shape of {len(wrong)} weights",
             keys=wrong,
             expected="All inputs must be made for base models of the same widths",
+            todo="Leave out those that were made for another base model",
         )
 
 

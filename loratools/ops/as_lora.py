@@ -72,12 +72,12 @@ def to_lora(
 ) -> Converted:
     """A module of any kind as plain LoRA.
 
-    LoKr, LoHa, AdaLoRA, GLoRA (with the base) and LoRA in Tucker form become exact factors without building ΔW, which
-    keep the module's scale; where these would be no smaller than ΔW, and for full differences, (IA)³, OFT, DoRA and
-    whatever lies beside factors (``diff``, a sparse residual), ΔW is decomposed. Factors that were decomposed or
-    truncated are balanced, have the scale in them, and alpha is their rank. A plain LoRA of at most the rank asked for
-    stays as it is. Differences of norm layers and of biases are no LoRA: a module of them alone stays as it is, and a
-    bias beside a weight (``diff_b``, ``up_bias``) comes along.
+    LoKr, LoHa, AdaLoRA, VeRA, VB-LoRA, Uni-LoRA, MiSS and GLoRA (with the base) and LoRA in Tucker form become exact
+    factors without building ΔW, which keep the module's scale; where these would be no smaller than ΔW, and for full
+    differences, (IA)³, OFT, DoRA and whatever lies beside factors (``diff``, a sparse residual), ΔW is decomposed.
+    Factors that were decomposed or truncated are balanced, have the scale in them, and alpha is their rank. A plain
+    LoRA of at most the rank asked for stays as it is. Differences of norm layers and of biases are no LoRA: a module
+    of them alone stays as it is, and a bias beside a weight (``diff_b``, ``up_bias``) comes along.
 
     Args:
         module: Of any kind.
@@ -96,7 +96,8 @@ def to_lora(
     kind = kinds.get(module.kind)
     if _has_no_matrix(module):
         return Converted(module, 0.0, True)
-    if base is None and (kind.needs_base or module.magnitude is not None):
+    lacking = (kind.needs_base and not kind.alone(module)) or module.magnitude is not None
+    if base is None and lacking:
         needed(module, base, "DoRA" if module.magnitude is not None else kind.title)
     store = dtype or store_dtype(module)
     plain = _is_plain(module) and (rank is None or rank >= module.factors["up"].shape[1])
@@ -140,7 +141,7 @@ def _factors(module: Module, kind: Kind, rank: int | None, base: torch.Tensor | 
         raise UnsupportedKindError(
             f"{module.target}: {kind.title} modules cannot be turned into LoRA",
             keys=[ref.name for _, ref in module.tensors() if ref.name],
-            expected="LoRA, LoHa, LoKr, OFT, GLoRA, (IA)³, AdaLoRA or a full difference was expected",
+            expected="A kind was expected whose ΔW is known: LoRA, LoHa, LoKr, OFT, VeRA, MiSS, (IA)³, …",
             todo="Leave the module out with --drop",
         )
     delta = kinds.delta(module, base, wide=True)
@@ -221,6 +222,7 @@ def _module(module: Module, found: _Found, store: str) -> Module:
         alpha_tensor=None,
         magnitude=None,
         magnitude_axis=None,
+        variant="",
     )
 
 

@@ -71,6 +71,36 @@ def against(adapter: Adapter, base: Base) -> Adapter:
     return _renamed(adapter, {name: each.paths for name, each in present.items()}, tuple(notes))
 
 
+def refuse_foreign(adapter: Adapter, base: Base) -> None:
+    """Refuse an adapter of which the base has no module at all, or none of its shape.
+
+    Weights that one of them has fused and the other split are no reason, nor are experts, which are packed in ways of
+    their own.
+
+    Raises:
+        NameResolutionError: The base has other names.
+        ShapeError: All weights are of other shapes.
+    """
+    found: list[_Found] = []
+    parts = {name: part_of(adapter.arch, name, base) for name in adapter.components()}
+    for name, modules in adapter.components().items():
+        plain = [each for each in modules if each.kind != "experts" and ".experts." not in each.target.path]
+        if not plain or any(_is_packed(each.target.path, parts[name]) for each in plain):
+            return
+        found.append(_component(adapter, name, plain, parts[name], base))
+    if any(each.paths for each in found):
+        return
+    misfits = [sentence for each in found for sentence in each.misfits]
+    if misfits:
+        raise _unfitting(misfits, adapter, base)
+    if found:
+        raise _nothing(adapter, base, parts)
+
+
+def _is_packed(path: str, part: Modules) -> bool:
+    return bool(regrouped(path, Paths(part, flat="." not in path)))
+
+
 def _renamed(adapter: Adapter, paths: Mapping[str, Mapping[str, str]], notes: tuple[str, ...]) -> Adapter:
     """The adapter under new paths; keys of its file are forgotten where they no longer hold."""
     modules: dict[Target, Module] = {}
@@ -224,17 +254,22 @@ def _refuse(adapter: Adapter, base: Base, found: Mapping[str, _Found], parts: Ma
             candidates=[] if other else _near(path, parts[component]),
             expected=f"The base has {other}: one of them is fused, which no change of names mends"
             if other
-            else "",
+            else "Every module was expected in it",
             todo="Give the base that the adapter was trained on",
         )
     misfits = [sentence for each in found.values() for sentence in each.misfits]
     if misfits:
-        raise ShapeError(
-            f"{len(misfits)} of {len(adapter.modules)} modules do not fit {base.path}",
-            path=adapter.path or None,
-            keys=misfits,
-            todo="Give the base that the adapter was trained on",
-        )
+        raise _unfitting(misfits, adapter, base)
+
+
+def _unfitting(misfits: Sequence[str], adapter: Adapter, base: Base) -> ShapeError:
+    return ShapeError(
+        f"{len(misfits)} of {len(adapter.modules)} modules do not fit {base.path}",
+        path=adapter.path or None,
+        keys=misfits,
+        expected="Weights of one shape in both were expected",
+        todo="Give the base that the adapter was trained on",
+    )
 
 
 def _nothing(adapter: Adapter, base: Base, parts: Mapping[str, Modules]) -> NameResolutionError:

@@ -13,9 +13,27 @@ from loratools import formats
 from loratools.errors import LayoutError, LoraError, OptionError
 from loratools.formats import Document, Format, _names
 from loratools.formats._scaling import refuse_nonfinite
-from loratools.io.base import Base, keys_of
-from loratools.model import Adapter, Module, Target
-from loratools.ops import _fit, _ledger, _prove, _regroup, _remarks, _settle, files
+from loratools.io.base import Base
+from loratools.model import EMPTY, Adapter, Module, Target
+from loratools.ops import (
+    _fit,
+    _host,
+    _initial,
+    _ledger,
+    _moe_convert,
+    _moe_told,
+    _normal,
+    _normal_form,
+    _normal_whole,
+    _one_alpha,
+    _prove,
+    _regroup,
+    _remarks,
+    _reread,
+    _row_orders,
+    _settle,
+    files,
+)
 from loratools.ops._prove import verify
 from loratools.ops.results import Conversion, ConvertReport, LedgerEntry, WrittenTensor
 
@@ -38,6 +56,11 @@ class Converted(NamedTuple):
         rounded: By weight, the store dtype to which values were rounded.
         conversions: Modules that were turned into LoRA.
         notes: What the caller should know.
+        host: What is known of the model that it is for.
+        reordered: Whether the document has rows in another order than the modules.
+        normal: What was done for a program's normal form.
+        experts: What is known of the model's experts.
+        renamed: The modules' paths by what a reader of the document calls them, where that is something else.
     """
 
     adapter: Adapter
@@ -47,6 +70,11 @@ class Converted(NamedTuple):
     rounded: Mapping[tuple[str, str], str]
     conversions: tuple[Conversion, ...]
     notes: tuple[str, ...]
+    host: _host.Host = _host.Host()
+    reordered: bool = False
+    normal: _normal_form.Normal = _normal_form.Normal()
+    experts: _moe_told.About = _moe_told.About()
+    renamed: Mapping[str, str] = EMPTY
 
 
 def convert(
@@ -58,69 +86,121 @@ def convert(
     as_kind: str | None = None,
     rank: int | None = None,
     base: files.PathLike | None = None,
+    initial: files.PathLike | None = None,
     drop: Iterable[str] = (),
     device: str = "auto",
     container: str = "safetensors",
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    bucket: bool = False,
+    full_weights: bool = False,
+    experts: str = _moe_convert.KEEP,
+    experts_count: int | None = None,
 ) -> Converted:
     """An adapter in another layout.
 
     Args:
         adapter: From ``load``.
-        layout: The target ("kohya", "diffusers", "peft", "comfy", …).
+        layout: The target ("kohya", "diffusers", "peft", "comfy", …), or a program whose normal form is wanted
+            ("vllm", "sglang", "lorax", "llama.cpp"; MLX's layout is one by itself).
         dtype: "float32", "float16", "bfloat16", "float64", or "keep".
         fold: Fold the scale into the factors though the layout has a place for it.
         as_kind: "lora": turn every module into LoRA first.
-        rank: Of those, a count; None: their full rank, which is exact.
+        rank: Of those, a count; None: their full rank, which is exact. For a program: of all modules; higher ones are
+            cut, lower ones padded with zeros.
         base: The base checkpoint: a file or a folder. Names that no architecture explains are matched against its
             own, and kinds whose ΔW depends on the base weight become LoRA with it.
+        initial: The factors before training of an adapter whose initialisation has changed the base (PiSSA, OLoRA, …):
+            they are subtracted, which makes a plain LoRA for the base as it was published.
         drop: What may be left out where the layout cannot hold it: "extras", "magnitude", "bias", "norm", a kind, a
             component, or "unnamed" for weights that the layout has no names for.
         device: Where modules are turned into LoRA: "auto", "cpu", "cuda", "cuda:N" or "mps".
         container: "safetensors", or "pickle" where the layout has such a form.
+        heads: How many heads queries have, for layouts that order their rows by heads; default: as the base's
+            configuration says.
+        kv_heads: How many heads keys have; likewise.
+        bucket: Whether to pad the rank to the next one that a program provides for.
+        full_weights: Whether the result has whole tensors apart, for the caller to write, that a program cannot hold.
+        experts: How modules of experts are written: "split" (one for each expert), "fused" (one for all of a layer), or
+            "keep": as they are, unless the layout has but one way.
+        experts_count: How many experts a layer has, a count; default: as names, shapes and configurations say.
 
     Raises:
         LayoutError: The layout cannot hold everything; the message names the keys, and what would drop them.
         LoraError: A module cannot be converted.
     """
     drop = frozenset([drop] if isinstance(drop, str) else drop)
+    demand = _normal_form.demanded(layout, rank, bucket=bucket, apart=full_weights)
     form = writable(layout)
+    if demand is not None:
+        _normal.refuse_others(adapter, demand.runtime)
+        form = _normal.restricted(form, demand.runtime)
     if dtype != "keep" and dtype not in files.STORE_DTYPES:
         raise OptionError(f"there is no store dtype {dtype!r}", candidates=[*files.STORE_DTYPES, "keep"])
     refuse_nonfinite(adapter)
+    adapter = _initial.without(adapter, initial)
     goal = files.layout_of(form, container)
-    known = keys_of(base) if base is not None else None
-    ready, origins, conversions = _as_kind(against(adapter, known), as_kind, rank, known, dtype, device)
+    host, known = _host.of(base, heads, kv_heads)
+    ordered = _host.settled(adapter, form, host)
+    reordered = not _row_orders.alike(ordered, form, host)
+    if reordered:
+        ordered = _row_orders.as_transformers(ordered, host)
+    ordered, about = _moe_convert.told(ordered, base, experts_count)
+    named, store = against(ordered, known), files.STORE_DTYPES.get(dtype, "")
+    if demand is not None and as_kind is None:
+        ready, origins, conversions = _normal.held(named, demand, known, drop, store, device)
+    else:
+        ready, origins, conversions = _as_kind(named, as_kind, rank, known, dtype, device)
     ready, components = _settle.apart(ready, form, goal, drop)
     regrouped = _regroup.regroup(ready, form)
-    store = files.STORE_DTYPES.get(dtype, "")
+    regrouped = _moe_convert.styled(regrouped, form, experts, about, open_up=demand is not None)
+    if demand is not None:
+        seen = _moe_convert.seen(ready, regrouped)
+        regrouped = _normal_form.steps(regrouped, seen, demand, form, host, known, store)
     mixed = _names.mixed(ready.modules.values()) if form.uniform else frozenset()
+    steps = _one_alpha.steps(regrouped.steps, store) if form.alpha == "file" else regrouped.steps
+    steps = _moe_convert.packed(steps, form)
+    whole = replace(ready, modules={step.module.target: step.module for step in steps})
     fitted = [
-        _fit.fit(step, ready, goal, form, fold=fold, dtype=store, mixed=mixed, matched=known is not None)
-        for step in regrouped.steps
+        _fit.fit(step, whole, goal, form, fold=fold, dtype=store, mixed=mixed, matched=known is not None)
+        for step in steps
     ]
-    extras, strangers = _remarks.extras(adapter, goal, form)
+    fitted = _host.without_outputs(fitted, form, host)
     misfits = _settle.misfits_of(fitted, origins)
-    asked = drop or fold or store or as_kind or base
+    extras, misfits, beside = _normal_form.beside(ready, fitted, misfits, goal, form, demand, known)
+    asked = drop or fold or store or as_kind or base or initial or demand or experts != _moe_convert.KEEP
     if misfits and not asked and adapter.layout.name == goal.name and _is_spelt(adapter, fitted):
         return _as_it_is(adapter, form)
     modules = _modules(fitted, store)
-    dropped = [*components, *misfits, *strangers, *_remarks.untold(adapter, goal)]
-    _settle.settle(dropped, drop, ready, goal, nothing=not modules)
+    dropped = [*components, *misfits, *_remarks.untold(adapter, goal)]
+    asked_for = goal if demand is None else goal._replace(name=demand.runtime.title)
+    _settle.settle(dropped, drop, ready, asked_for, nothing=not modules)
     if not modules:
         raise LayoutError(
             "nothing is left to write", path=adapter.path or None, todo="Drop less, or choose another layout"
         )
     kept = _settle.without(replace(ready, modules=modules, order=()), extras)
-    document = formats.document(kept, goal, form)
+    renamed = _reread.names(
+        [target.path for target in modules], form, form.family(adapter, host.model_type) or ""
+    )
+    written = _row_orders.as_written(kept, form, host) if reordered else kept
+    document = _normal_form.configured(formats.document(written, goal, form), form, demand, host, kept)
+    notes = (*regrouped.notes, *_remarks.remarks(kept, form, dropped, drop), *_reread.notes(renamed, form))
+    ledger = _ledger.account(adapter, ready, fitted, origins, dropped, written=document.tensors, form=form)
     provable = _prove.provable(origins, conversions)
     return Converted(
         kept,
         document,
-        _ledger.account(adapter, ready, fitted, origins, dropped, written=document.tensors, form=form),
+        _normal_form.told(ledger, fitted, beside, demand),
         tuple(_prove.expected(fitted, provable, ready)),
         _prove.rounded(fitted, store, ready.arch, provable),
         tuple(conversions),
-        tuple(dict.fromkeys((*ready.notes, *regrouped.notes, *_remarks.remarks(kept, form, dropped, drop)))),
+        tuple(dict.fromkeys((*ready.notes, *notes))),
+        host,
+        reordered,
+        _normal_form.normal(demand, fitted, origins, conversions, beside),
+        about,
+        renamed,
     )
 
 
@@ -139,12 +219,13 @@ def _as_it_is(adapter: Adapter, form: Format) -> Converted:
 
 
 def writable(layout: str) -> Format:
-    """The layout of this name.
+    """The layout of this name, or that of a program with a normal form.
 
     Raises:
         LayoutError: There is none, or it is only read.
     """
-    form = formats.get(layout)
+    runtime = _normal.runtime_of(layout)
+    form = formats.get(layout if runtime is None else runtime.layouts[0])
     if form.speller is None or form.finisher is None:
         raise LayoutError(
             f"the {form.title} layout can be read but not written yet",
@@ -160,10 +241,13 @@ def against(adapter: Adapter, base: Base | None) -> Adapter:
         return adapter
     from loratools.ops import base_names
 
-    found = base_names.against(adapter, base)
-    pairs = zip(found.modules.items(), adapter.modules.values(), strict=True)
+    special, others = _moe_convert.apart(adapter)
+    if not others.modules and special.modules:
+        return adapter
+    found = base_names.against(others, base)
+    pairs = zip(found.modules.items(), others.modules.values(), strict=True)
     modules = {target: module._replace(factors=before.factors) for (target, module), before in pairs}
-    return replace(found, modules=modules)
+    return replace(found, modules={**modules, **special.modules})
 
 
 def _as_kind(
@@ -200,6 +284,7 @@ def convert_file(
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
+    full_weights: files.PathLike | None = None,
     **options: Any,
 ) -> ConvertReport:
     """Load, convert, write, and prove that nothing changed.
@@ -207,12 +292,13 @@ def convert_file(
     Args:
         path: The input.
         output: A file, or a folder where the layout wants one.
-        to: The layout; default: the one it came in.
+        to: The layout, or a program whose normal form is wanted; default: the layout it came in.
         arch: The input's architecture, overriding detection.
         check: Whether to compare ΔW · x of both files on random x before the output takes its name.
         overwrite: Whether an existing output may be replaced.
         dry_run: Do everything but write.
         progress: Called with a tensor's name, its number and the count of all.
+        full_weights: Where to write whole tensors that the program cannot hold; nothing is, where there are none.
         options: As for ``convert``.
 
     Raises:
@@ -220,10 +306,16 @@ def convert_file(
     """
     files.check_output(output, overwrite=overwrite)
     _refuse_base(options.get("base"), output)
+    if full_weights is not None:
+        _normal_whole.check(full_weights, output, overwrite=overwrite)
     adapter = files.load(path, arch=arch, embedded=True)
-    to = writable(to or adapter.layout.name).name
+    asked = to or adapter.layout.name
+    to = writable(asked).name
     container = files.check_name(output, to)
-    adapter, converted = _untied(adapter, path, to, {**options, "container": container})
+    apart = full_weights is not None
+    adapter, converted = _untied(
+        adapter, path, asked, {**options, "container": container, "full_weights": apart}
+    )
     found: list[Probed] = []
 
     def prove(written: str) -> None:
@@ -233,10 +325,12 @@ def convert_file(
             )
             # Only now: what an error holds on to would keep the file open, and Windows from removing it.
             _prove.refuse_changes(adapter, found[0])
+        if full_weights is not None:
+            _normal_whole.write(full_weights, converted.normal.whole, overwrite=overwrite)
 
     if dry_run:
         if check:
-            found.append(verify(adapter, converted, _read_again(adapter, converted)))
+            found.append(verify(adapter, converted, _read_again(adapter, converted, container)))
         size = files.document_size(converted.document, formats.get(to))
     else:
         size = files.write(
@@ -248,7 +342,9 @@ def convert_file(
             progress=_counted(progress, len(converted.document.tensors)),
             check=prove,
         )
-    return _report(adapter, converted, os.fspath(output), to, size, found[0] if found else None)
+    report = _report(adapter, converted, os.fspath(output), to, size, found[0] if found else None)
+    wrote = full_weights is not None and converted.normal.whole
+    return report._replace(full_weights=os.fspath(full_weights)) if full_weights and wrote else report
 
 
 def _untied(
@@ -308,13 +404,14 @@ def _forced(adapter: Adapter) -> str:
     return adapter.arch
 
 
-def _read_again(adapter: Adapter, converted: Converted) -> Adapter:
+def _read_again(adapter: Adapter, converted: Converted, container: str) -> Adapter:
     """The document as a reader of it sees it."""
     tensors = {ref.name: ref for ref in converted.document.tensors}
     return formats.read(
         tensors,
         metadata=converted.document.metadata,
         config=converted.document.config or {},
+        container=container,
         arch=_forced(adapter),
     )
 
@@ -350,4 +447,6 @@ def _report(
         error=probed.error if probed else None,
         worst=probed.worst if probed else "",
         notes=converted.notes,
+        runtime=converted.normal.runtime,
+        normalised=converted.normal.account,
     )

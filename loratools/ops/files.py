@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from loratools import formats, io
-from loratools.errors import MalformedFileError, MissingFileError, NotAnAdapterError, OptionError
+from loratools.errors import MissingFileError, NotAnAdapterError, OptionError
 from loratools.formats._read import refuse_other_types
+from loratools.io._model_files import read_config
 from loratools.model import Adapter
 from loratools.ops._cast import cast as cast
 from loratools.ops._cast import cast_module as cast_module
@@ -22,6 +23,7 @@ from loratools.ops._outputs import layout_of as layout_of
 from loratools.tensors import TensorRef
 
 CONFIG = "adapter_config.json"
+_LORALIB = (".lora_A", ".lora_B")
 STORE_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 _MODEL_FILES = ("config.json", "model_index.json")  # what tells that a folder is a model's
@@ -34,6 +36,7 @@ _WEIGHTS = (
     "pytorch_lora_weights.safetensors",
     "pytorch_lora_weights.bin",
     "pytorch_adapter.bin",
+    "adapter_0.safetensors",
 )
 # PEFT's file of weights, by either name; of two, programs disagree which counts.
 _PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -56,9 +59,22 @@ def read(path: PathLike, *, arch: str | None = None, embedded: bool = False) -> 
     Raises:
         LoraError: It cannot be read.
     """
-    file = _file(os.fspath(path))
-    opened = io.open_tensors(file)
-    config = _config(file, opened.tensors)
+    return named(io.open_tensors(_file(os.fspath(path))), arch=arch, embedded=embedded)
+
+
+def named(opened: io.TensorFile, *, arch: str | None = None, embedded: bool = False) -> Adapter:
+    """Whatever an open file holds, in the common model; see ``read``.
+
+    Args:
+        opened: The file; its tensors may have been replaced by others of the same names and shapes.
+        arch: The architecture, overriding detection.
+        embedded: Whether to read the LoRA that an IP-Adapter may hold beside its projections, too.
+
+    Raises:
+        LoraError: It cannot be read.
+    """
+    file = opened.path
+    config = {} if opened.container == "gguf" else _config(file, opened.tensors)
     keys = list(opened.tensors)
     listed = opened.container == "pickle" and keys == [str(number) for number in range(len(keys))]
     return formats.read(
@@ -137,19 +153,14 @@ def _config(file: str, tensors: Mapping[str, TensorRef]) -> Mapping[str, Any]:
     """adapter_config.json, where the file is one that it describes rather than a mere neighbour."""
     folder, name = os.path.split(file)
     beside = os.path.join(folder, CONFIG)
-    described = "adapter" in name.lower() or any(key.startswith("base_model.") for key in tensors)
+    # What loralib writes states all that it has to say, whatever lies beside it.
+    whole = bool(tensors) and all(key.endswith(_LORALIB) for key in tensors)
+    described = ("adapter" in name.lower() and not whole) or any(
+        key.startswith("base_model.") for key in tensors
+    )
     if not described or not os.path.isfile(beside):
         return {}
-    try:
-        with open(beside, encoding="utf-8") as stream:
-            config = json.load(stream)
-    except (ValueError, OSError) as error:
-        raise MalformedFileError(
-            f"the configuration cannot be read: {error}", path=beside, expected="A JSON object was expected"
-        ) from error
-    if not isinstance(config, dict):
-        raise MalformedFileError("the configuration is not a JSON object", path=beside)
-    return config
+    return read_config(folder, CONFIG)
 
 
 def save(
@@ -190,7 +201,7 @@ def save(
         document = convert.convert(adapter, form.name, dtype=dtype, drop=drop, container=container).document
     else:
         prepared = prepare(adapter, layout=layout, dtype=dtype, drop=drop)
-        document = formats.document(prepared, adapter.layout, form)
+        document = _document(prepared, form)
         container = check_name(path, form.name)
     return write(document, form, path, container=container, overwrite=overwrite, progress=progress)
 
@@ -211,7 +222,7 @@ def write(
         document: From ``formats.document``.
         form: Its layout.
         path: A file, or a folder where the layout wants one.
-        container: "safetensors" or "pickle".
+        container: "safetensors", "pickle" or "gguf".
         overwrite: Whether an existing output may be replaced.
         progress: Called after each tensor with its size in bytes.
         check: Called with the path of what was written, before it takes its name; an error keeps it from that.
@@ -228,6 +239,15 @@ def write(
             path, document.tensors, overwrite=overwrite, progress=progress, check=check
         )
         return size
+    if container == "gguf":
+        return io.write_gguf(
+            path,
+            document.tensors,
+            document.metadata,
+            overwrite=overwrite,
+            progress=progress,
+            check=check,
+        )
     if not form.folder:
         return io.write_safetensors(
             path,
@@ -260,11 +280,22 @@ def write(
 def size(adapter: Adapter) -> int:
     """Bytes that ``save`` would write in the adapter's own layout, header and configuration included."""
     form = formats.get(adapter.layout.name)
-    return document_size(formats.document(adapter, adapter.layout, form), form)
+    return document_size(_document(adapter, form), form)
+
+
+def _document(adapter: Adapter, form: formats.Format) -> formats.Document:
+    """An adapter in its own layout, with the one alpha that some layouts have for all modules."""
+    if form.alpha == "file" and not adapter.order:
+        from loratools.ops import _one_alpha
+
+        adapter = replace(adapter, modules=_one_alpha.modules(adapter.modules))
+    return formats.document(adapter, adapter.layout, form)
 
 
 def document_size(document: formats.Document, form: formats.Format) -> int:
     """Bytes that ``write`` would write, header and configuration included."""
+    if form.container == "gguf":
+        return io.gguf_size(document.tensors, document.metadata)
     specs = [(ref.name, ref.dtype, ref.shape) for ref in document.tensors]
     header = io.build(specs if document.ordered else io.canonical_order(specs), document.metadata)
     config = len(_config_text(document.config).encode()) if form.folder else 0

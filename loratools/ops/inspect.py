@@ -6,14 +6,16 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from loratools import archs
-from loratools.errors import MalformedFileError
+from loratools.archs import _families as families
+from loratools.errors import LoraError, MalformedFileError
+from loratools.formats import _carried
 from loratools.kinds import lora
-from loratools.model import Adapter, Module
-from loratools.ops import _metadata, _split, files
+from loratools.model import EMPTY, Adapter, Module
+from loratools.ops import _initial, _metadata, _moe_known, _moe_norms, _pack_index, _split, files
 from loratools.ops.results import ComponentInfo, Info, ModuleInfo
 
 
@@ -60,8 +62,10 @@ def _size(path: str) -> int:
 
 
 def _model_folder(folder: str) -> Info | None:
-    """A diffusers model or a sharded checkpoint, by its index."""
+    """A pack, a diffusers model or a sharded checkpoint, by its index."""
     names = sorted(os.listdir(folder))
+    if _pack_index.is_pack(folder):
+        return _pack(folder)
     if "model_index.json" in names:
         return Info(path=folder, type="checkpoint", layout="diffusers", bytes=_tree_size(folder))
     index = next((name for name in names if name.endswith(".index.json")), None)
@@ -81,6 +85,27 @@ def _model_folder(folder: str) -> Info | None:
     return Info(path=folder, type="checkpoint", layout="sharded", bytes=_tree_size(folder), tensors=count)
 
 
+def _pack(folder: str) -> Info:
+    """A pack of adapters, as its index describes it."""
+    index = _pack_index.read(folder)
+    said = {
+        "adapters": str(len(index.adapters)),
+        "duplicates": str(len(index.aliases)),
+        "ranks": ", ".join(str(rank) for rank in sorted({each.bucket for each in index.adapters.values()})),
+        "base": ", ".join(sorted({each.base for each in index.adapters.values() if each.base})),
+    }
+    if index.shared:
+        said["shared basis"] = f"rank {index.shared['rank']}"
+    return Info(
+        path=folder,
+        bytes=_tree_size(folder),
+        type="pack",
+        layout=index.layout,
+        arch=index.arch,
+        training={name: value for name, value in said.items() if value},
+    )
+
+
 def _tree_size(folder: str) -> int:
     return sum(_size(os.path.join(where, name)) for where, _, names in os.walk(folder) for name in names)
 
@@ -94,6 +119,7 @@ def describe(adapter: Adapter, *, path: str = "", size: int = 0, norms: bool = T
         size: Bytes, to be shown.
         norms: Whether to compute norms and spectra of ΔW.
     """
+    adapter = _counted(adapter)
     spectra = _spectra(adapter) if norms else {}
     modules = tuple(_module(module, spectra.get(id(module))) for module in adapter.modules.values())
     groups: dict[str, list[ModuleInfo]] = {}
@@ -111,6 +137,7 @@ def describe(adapter: Adapter, *, path: str = "", size: int = 0, norms: bool = T
         container=adapter.layout.container,
         arch=adapter.arch,
         arch_title=known.title if known is not None else "",
+        family=families.family(adapter.arch, _said(adapter), [target.path for target in adapter.modules]),
         kinds=adapter.kinds,
         components={name: _component(members) for name, members in groups.items()},
         modules=modules,
@@ -121,6 +148,7 @@ def describe(adapter: Adapter, *, path: str = "", size: int = 0, norms: bool = T
         training=_metadata.training(adapter.metadata, adapter.config),
         warnings=(
             *adapter.notes,
+            *_initial.notes(adapter),
             *_metadata.contradictions(adapter.metadata, ranks),
             *_metadata.alphas(adapter.metadata, modules),
             *_metadata.patterns(adapter.config, _peft_names(adapter)),
@@ -130,12 +158,27 @@ def describe(adapter: Adapter, *, path: str = "", size: int = 0, norms: bool = T
     )
 
 
+def _counted(adapter: Adapter) -> Adapter:
+    """The adapter with its packed experts named and counted, as far as its configuration tells."""
+    try:
+        return _moe_known.known(adapter)
+    except LoraError:
+        return adapter
+
+
+def _said(adapter: Adapter) -> Mapping[str, Any]:
+    """The configuration that came with an adapter, or that another layout passed on."""
+    return adapter.config or next(iter(_carried.configs(adapter).values()), EMPTY)
+
+
 def _dtypes(adapter: Adapter) -> Counter[str]:
     """How many tensors have each store dtype."""
-    found = [ref.dtype for module in adapter.modules.values() for ref in module.factors.values()]
+    refs = [ref for module in adapter.modules.values() for ref in module.factors.values()]
     for module in adapter.modules.values():
-        found += [ref.dtype for ref in (module.alpha_tensor, module.magnitude) if ref is not None]
-    return Counter([*found, *(ref.dtype for ref in adapter.extras.values())])
+        refs += [ref for ref in (module.alpha_tensor, module.magnitude) if ref is not None]
+    refs += adapter.extras.values()
+    # What modules share is one tensor of the file.
+    return Counter({ref.name or id(ref): ref.dtype for ref in refs}.values())
 
 
 def _peft_names(adapter: Adapter) -> Iterator[str]:
@@ -176,13 +219,14 @@ def _module(module: Module, sigma: Any) -> ModuleInfo:
     if sigma is not None:
         from loratools.maths import norms as maths
 
-        found = maths.summarise(sigma, module.scale)
+        several = sigma.ndim > 1
+        found = maths.summarise(_moe_norms.together(sigma) if several else sigma, module.scale)
         from_spectrum = {
             "norm": found.frobenius,
             "spectral_norm": found.spectral,
             "stable_rank": found.stable_rank,
             "effective_rank": found.effective_rank,
-            "energy": found.energy,
+            "energy": _moe_norms.energy(sigma) if several else found.energy,
         }
     target, factors = module.target, module.factors
     dtype = next(iter(factors.values())).dtype if factors else ""
@@ -243,13 +287,16 @@ def _energy(modules: Sequence[ModuleInfo]) -> dict[int, float]:
 def _spectra(adapter: Adapter) -> dict[int, Any]:
     """Singular values of up · down, without the scale, by the identity of the module."""
     chosen = [module for module in adapter.modules.values() if lora.is_product(module)]
-    if not chosen:
+    fused = [module for module in adapter.modules.values() if _moe_norms.is_counted(module)]
+    if not chosen and not fused:
         return {}
     from loratools.maths import norms as maths
 
     # One pair at a time, so that no more than a few modules are in memory together.
     found = maths.spectra(_factors(module) for module in chosen)
-    return {id(module): sigma for module, sigma in zip(chosen, found, strict=True)}
+    own = {id(module): sigma for module, sigma in zip(chosen, found, strict=True)}
+    # One row of singular values for each expert.
+    return own | {id(module): _moe_norms.spectra(module) for module in fused}
 
 
 def _factors(module: Module) -> tuple[Any, Any]:

@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from numbers import Real
+from dataclasses import replace
 from typing import Any
 
 from loratools import __version__, formats
-from loratools.engine import local
 from loratools.errors import OptionError
-from loratools.model import EMPTY, Adapter, Target
-from loratools.ops import _combine, _merged, align, files, recipe
-from loratools.ops._combine import Combined
-from loratools.ops._merge_steps import ENERGY, STRENGTH, Steps
+from loratools.formats import _peft_special
+from loratools.io.base import config_of
+from loratools.model import EMPTY, Adapter
+from loratools.ops import (
+    _combine,
+    _extras,
+    _extras_dora,
+    _fused_names,
+    _merge_remarks,
+    _merge_run,
+    _merged,
+    _moe_open,
+    align,
+    files,
+    recipe,
+)
+from loratools.ops._extras_base import BaseModel
+from loratools.ops._extras_rows import REFUSE
+from loratools.ops._extras_ways import checked_drop
+from loratools.ops._merge_steps import ENERGY, STRENGTH, Steps, shown_name
 from loratools.ops._request import Request, refuse, request
+from loratools.ops._weight_specs import plain, specs
 from loratools.ops._weights import Spec
-from loratools.ops.align import Contribution
-from loratools.ops.results import MergeReport
+from loratools.ops.merge_results import MergeReport
 
 Progress = Callable[[str, int, int], None]
 
@@ -44,6 +58,8 @@ def merge(
     threads: int | None = None,
     allow_nonfinite: bool = False,
     drop: Iterable[str] = (),
+    full_modules: str | int = "refuse",
+    base: files.PathLike | None = None,
     arch: str | None = None,
     progress: Progress | None = None,
     **options: Any,
@@ -74,6 +90,11 @@ def merge(
         threads: How many modules are worked on side by side, a count; default: one per processor.
         allow_nonfinite: Go on with NaN or Inf in a factor.
         drop: What may be left out: "extras", the tensors that belong to no module.
+        full_modules: What is done with modules that several inputs hold in full and differ on: "refuse", "first",
+            "average" (by the weights), "sum" (of the weighted differences from the base), or an input's number,
+            counted from 1.
+        base: The model that the inputs were trained on: for DoRA, whose ΔW depends on it, for the sum of biases and
+            of modules saved in full, and for which rows of its fused weights are whose.
         arch: What the inputs were read as where detection was overridden; for the recipe alone.
         progress: Called with the module's name, its number and the count of all.
         options: The method's own, by name (``density``, ``lam``, ``seed``).
@@ -85,12 +106,21 @@ def merge(
         LoraError: The inputs cannot be merged; the message says which and why.
     """
     together = align.clarified([*adapters, *protect])
+    for each in together:
+        _peft_special.refuse_unmergeable(each)
     dropping = tuple(drop)
+    model = None
+    if base is not None:
+        model = BaseModel(base, align.common_arch(together), together)
+    together = _fused_names.alike(together, model)
+    together, experts = _moe_open.opened(together, layout, {} if base is None else config_of(base)[1])
+    store = _extras_dora.store_dtype(together) if dtype == "keep" else None
+    together = _extras_dora.changes(together, model, rank)
     asked = request(
         together[: len(adapters)],
         weights=weights,
-        component_weights=_specs(component_weights),
-        block_weights=_specs(block_weights),
+        component_weights=specs(component_weights),
+        block_weights=specs(block_weights),
         weight_for=weight_for,
         steps=Steps(
             styles=tuple(together[len(adapters) :]),
@@ -106,91 +136,73 @@ def merge(
         allow_nonfinite=allow_nonfinite,
         options=options,
         said={
-            "component_weights": list(map(_plain, _specs(component_weights))),
-            "block_weights": list(map(_plain, _specs(block_weights))),
+            "component_weights": list(map(plain, specs(component_weights))),
+            "block_weights": list(map(plain, specs(block_weights))),
             "weight_for": {name: str(weight) for name, weight in weight_for.items()},
             "dtype": dtype,
             "arch": arch,
             "drop": dropping,
+            "full_modules": "" if full_modules == REFUSE else str(full_modules),
+            "base": "" if model is None else shown_name(model.path),
         },
+        base=model,
+        full_modules=full_modules,
     )
+    if store is not None:
+        asked = replace(asked, dtype=store)
     refuse(asked)
-    return _merge(asked, dropping, threads, progress)
+    merged, report = _merge(asked, dropping, threads, progress)
+    return experts.closed(merged), report
 
 
 def _merge(
     asked: Request, drop: Sequence[str], threads: int | None, progress: Progress | None
 ) -> tuple[Adapter, MergeReport]:
     # A weight of 0 is absence: of modules, and of what lies beside them.
-    present = [each for each, weight in zip(asked.adapters, asked.weights, strict=True) if weight != 0.0]
-    extras, dropped = _merged.extras(present, asked.layout.name, drop)
+    numbers = [number for number, weight in enumerate(asked.weights) if weight != 0.0]
+    present = [asked.adapters[number] for number in numbers]
+    beside = _extras.beside(
+        _extras.Asked(
+            present,
+            numbers,
+            [asked.weights[number] for number in numbers],
+            asked.layout.name,
+            asked.way,
+            asked.base,
+        ),
+        drop=checked_drop(drop),
+    )
     form = formats.get(asked.layout.name)
     everything = [*asked.adapters, *asked.steps.styles]
     targets = align.align(everything, asked.arch, form.dialect, form.name)
     with _merged.Inputs(asked.adapters, asked.weights, asked.weigh.hits) as inputs:
-        results = _run(asked, targets, threads, progress)
+        results = _merge_run.run(asked, targets, threads, progress)
         described = inputs.described()
     _combine.refuse_nonfinite(list(results.values()), [adapter.path for adapter in everything])
-    modules = {target: each.module for target, each in results.items() if each.module is not None}
+    left = {target: each for target, each in results.items() if each.module is not None}
+    modules = {target: each.module for target, each in left.items() if each.module is not None}
     if not modules:
         raise OptionError("every weight is 0: nothing is left to merge")
     merged = Adapter(
         modules=modules,
-        extras=extras,
+        extras=beside.extras,
         metadata=_merged.metadata(
             asked.adapters, asked.method.name, described, recipe.document(asked, described)
         ),
         arch=asked.arch,
         layout=asked.layout,
-        config=_merged.config(present, modules, extras),
-        notes=tuple(dict.fromkeys([*_notes(asked, results), *_merged.remarks(asked, extras, modules)])),
+        config=_merged.config(present, modules, beside.extras, beside.config),
+        notes=tuple(
+            dict.fromkeys(
+                [
+                    *_merge_remarks.noted(asked, results),
+                    *beside.notes,
+                    *_merge_remarks.remarks(asked, left, beside.whole),
+                ]
+            )
+        ),
     )
-    return merged, _merged.report(asked, merged, results, described, dropped)
-
-
-def _notes(asked: Request, results: Mapping[Target, Combined]) -> list[str]:
-    notes = [note for adapter in asked.adapters for note in adapter.notes]
-    notes += [each.note for each in results.values() if each.note]
-    remarks = Counter(each.remark for each in results.values() if each.remark)
-    return notes + [
-        f"{count} module{'s' if count > 1 else ''}: {remark}" for remark, count in remarks.items()
-    ]
-
-
-def _specs(given: Spec | Sequence[Spec]) -> list[Spec]:
-    """One set for all inputs as a list of one."""
-    if isinstance(given, Mapping | str):
-        return [given] if given else []
-    vector = [float(each) for each in given if isinstance(each, Real)]
-    return [vector] if vector else [each for each in given if isinstance(each, Mapping | Sequence)]
-
-
-def _plain(spec: Spec) -> Any:
-    """A set of multipliers as JSON has it, whatever types its numbers are of."""
-    if isinstance(spec, str):
-        return spec
-    if isinstance(spec, Mapping):
-        return {name: float(weight) for name, weight in spec.items()}
-    return [float(weight) for weight in spec]
-
-
-def _run(
-    asked: Request,
-    targets: Mapping[Target, Sequence[Contribution]],
-    threads: int | None,
-    progress: Progress | None,
-) -> dict[Target, Combined]:
-    def work(target: Target) -> Combined:
-        return _combine.combine(asked, target, targets[target])
-
-    results: dict[Target, Combined] = {}
-    for number, (target, result) in enumerate(
-        zip(targets, local.run(work, targets, threads=threads), strict=True), start=1
-    ):
-        results[target] = result
-        if progress is not None:
-            progress(str(target), number, len(targets))
-    return results
+    return merged, _merged.report(asked, merged, targets, results, described, beside.dropped)
 
 
 def merge_files(
@@ -234,7 +246,10 @@ def merge_files(
     saving: AbstractContextManager[None] = nullcontext()
     if save_recipe is not None:
         saving = recipe.saved(
-            merged.metadata[_merged.RECIPE], save_recipe, paths, protect, overwrite=overwrite
+            merged.metadata[_merged.RECIPE],
+            save_recipe,
+            recipe.Sources(paths, protect, options.get("base")),
+            overwrite=overwrite,
         )
     with saving:
         written = files.save(merged, output, overwrite=overwrite)

@@ -11,7 +11,8 @@ A recipe is a JSON object, which is YAML too; one written by hand in other YAML 
     component_weights, block_weights    lists of one set for all inputs, or of one for each
     weight_for          weights by pattern
     protect             "path" and sums, like an input; protect_energy, protect_strength (null: all)
-    boost, layout, dtype, device, arch, drop, allow_nonfinite
+    boost, layout, dtype, device, arch, drop, allow_nonfinite, full_modules
+    base                the path of the model that the inputs were trained on; its content is not verified
 
 Only "inputs" has to be there. A merged file's metadata holds its recipe, with file names for paths.
 """
@@ -24,7 +25,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loratools import __version__, io, methods
 from loratools.errors import MalformedFileError, OptionError, WriteError
@@ -131,29 +132,37 @@ def check_output(path: files.PathLike, others: Sequence[files.PathLike], *, over
         raise WriteError("this is a folder", path=path, todo="Give --save-recipe a file's name")
 
 
+class Sources(NamedTuple):
+    """The files that a merge reads.
+
+    Attributes:
+        paths: The inputs.
+        protect: The protected adapters.
+        base: The base model, or None.
+    """
+
+    paths: Sequence[files.PathLike]
+    protect: Sequence[files.PathLike] = ()
+    base: files.PathLike | None = None
+
+
 @contextmanager
-def saved(
-    text: str,
-    path: files.PathLike,
-    paths: Sequence[files.PathLike],
-    protect: Sequence[files.PathLike],
-    *,
-    overwrite: bool,
-) -> Iterator[None]:
+def saved(text: str, path: files.PathLike, sources: Sources, *, overwrite: bool) -> Iterator[None]:
     """Write a recipe that takes its name when what is done meanwhile has succeeded.
 
     Args:
         text: A merged file's recipe.
         path: Where to.
-        paths: The inputs, whose names alone the text has.
-        protect: The protected adapters.
+        sources: The files whose names alone the text has.
         overwrite: Whether an existing file may be replaced.
     """
     made = json.loads(text)
     folder = os.path.dirname(os.path.realpath(path))
-    for rows, places in (("inputs", paths), ("protect", protect)):
+    for rows, places in (("inputs", sources.paths), ("protect", sources.protect)):
         for row, place in zip(made.get(rows, ()), places, strict=True):
             row["path"] = _seen_from(folder, os.fspath(place))
+    if sources.base is not None:
+        made["base"] = _seen_from(folder, os.fspath(sources.base))
     with io.atomic_output(path, overwrite) as temporary:
         temporary.write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", "utf-8", newline="\n")
         yield
@@ -180,7 +189,7 @@ def read(path: files.PathLike) -> Recipe:
     rows = [*said["inputs"], *said.get("protect", ())]
     paths = [os.path.join(folder, row["path"]) for row in rows]
     count = len(said["inputs"])
-    method = methods.get(said.get("method", "linear"))
+    method = methods.get(said.get("method", "linear"), path=place)
     names = (
         "block_weights",
         "component_weights",
@@ -191,8 +200,11 @@ def read(path: files.PathLike) -> Recipe:
         "device",
         "arch",
         "drop",
+        "full_modules",
     )
     arguments = {name: said[name] for name in (*names, "allow_nonfinite") if said.get(name) is not None}
+    if said.get("base"):
+        arguments["base"] = os.path.join(folder, said["base"])
     strength = said.get("protect_strength")
     return Recipe(
         path=place,

@@ -81,6 +81,7 @@ class Info(NamedTuple):
         container: "safetensors", "pickle" or "npz".
         arch: The architecture's name, or "unknown".
         arch_title: The architecture as people call it.
+        family: The family of language, speech or vision models, as far as something tells it.
         kinds: How many modules there are of each kind.
         components: By component name.
         modules: Every module, in the file's order.
@@ -101,6 +102,7 @@ class Info(NamedTuple):
     container: str = ""
     arch: str = "unknown"
     arch_title: str = ""
+    family: str = ""
     kinds: Mapping[str, int] = EMPTY
     components: Mapping[str, ComponentInfo] = EMPTY
     modules: tuple[ModuleInfo, ...] = ()
@@ -113,70 +115,14 @@ class Info(NamedTuple):
     error: str | None = None
 
 
-class MergedModule(NamedTuple):
-    """One module of a merge's result.
-
-    Attributes:
-        target: The base weight.
-        component: Its component.
-        inputs: Positions of the inputs that contributed.
-        rank: Of the result.
-        energy: Fraction retained of Σσ² of the method's own full-rank result; None where the module was carried.
-        shape: The base weight's shape (out, in[, kh, kw]).
-    """
-
-    target: str
-    component: str
-    inputs: tuple[int, ...]
-    rank: int
-    energy: float | None = None
-    shape: tuple[int, ...] | None = None
-
-
-class MergeReport(NamedTuple):
-    """What a merge did.
-
-    Attributes:
-        method: Its name.
-        options: The method's options as used.
-        inputs: One mapping per input: "path", "weight", "layout", "arch", "modules", "sha256", and in
-            "multipliers" what its block and component weights and patterns hit.
-        modules: Of the result.
-        energy: Fraction of Σσ² retained over all modules.
-        layout: Of the result.
-        arch: Of the result.
-        dtypes: How many tensors of the result have each store dtype.
-        ranks: How many modules of the result have each rank.
-        carried: Keys of tensors that belong to no module and were taken over.
-        dropped: Keys that were left out because the caller asked for it.
-        notes: What the caller should know.
-        output: Where it was written, or empty.
-        bytes: Size of what was (or would be) written; 0 where unknown.
-    """
-
-    method: str
-    options: Mapping[str, Any]
-    inputs: tuple[Mapping[str, Any], ...]
-    modules: tuple[MergedModule, ...]
-    energy: float
-    layout: str
-    arch: str
-    dtypes: Mapping[str, int]
-    ranks: Mapping[int, int]
-    carried: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    output: str = ""
-    bytes: int = 0
-
-
 class LedgerEntry(NamedTuple):
     """What became of one tensor of an input.
 
     Attributes:
         key: Its key in the input.
-        fate: "moved", "split", "fused", "folded", "converted", "metadata", "implied" (an alpha that is the rank, which
-            the layout takes it for), "zero" (it changes nothing, and is not written) or "dropped".
+        fate: "moved", "split", "fused", "folded", "padded" (with zeros), "converted", "metadata", "implied" (an alpha
+            that is the rank, which the layout takes it for, or what the base holds alike), "zero" (it changes nothing,
+            and is not written), "apart" (written beside, as a whole tensor of the base) or "dropped".
         into: The output's keys that it went into.
         detail: What else there is to say: what --drop calls it, the scale that was folded.
     """
@@ -221,6 +167,26 @@ class Conversion(NamedTuple):
     exact: bool
 
 
+class Normalised(NamedTuple):
+    """A module that was brought into the form that a program holds.
+
+    Attributes:
+        target: The base weight.
+        changes: What was done: "to lora", "padded", "cut", "folded", or "added" for a module of zeros.
+        ranks: Before and after, counts; 0 where the kind had none.
+        scales: Before and after.
+        error: Relative Frobenius error of ΔW by a truncation; 0 where there was none.
+        exact: Whether ΔW is the same, and no value was rounded.
+    """
+
+    target: str
+    changes: tuple[str, ...]
+    ranks: tuple[int, int]
+    scales: tuple[float, float]
+    error: float = 0.0
+    exact: bool = True
+
+
 class ConvertReport(NamedTuple):
     """What a conversion did.
 
@@ -242,6 +208,9 @@ class ConvertReport(NamedTuple):
         error: The largest relative error that the probes found.
         worst: The weight that has it.
         notes: What the caller should know.
+        runtime: The program whose normal form it is in, or empty.
+        normalised: The modules that were changed for it.
+        full_weights: Where whole tensors were written apart, or empty.
     """
 
     input: str
@@ -261,6 +230,9 @@ class ConvertReport(NamedTuple):
     error: float | None = None
     worst: str = ""
     notes: tuple[str, ...] = ()
+    runtime: str = ""
+    normalised: tuple[Normalised, ...] = ()
+    full_weights: str = ""
 
     @property
     def fates(self) -> dict[str, int]:

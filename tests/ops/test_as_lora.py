@@ -28,6 +28,12 @@ RANKS = {
     "loha-tucker": 4,
     "lokr": 4,
     "lokr-full": 8,
+    "vera": 3,
+    "miss": 3,
+    "miss-mini": 3,
+    "vblora": 3,
+    "vblora-topk": 3,
+    "unilora": 3,
     "lokr-both": 1,
     "lokr-conv": 8,
     "lokr-tucker": 4,
@@ -251,3 +257,19 @@ def test_it_agrees_with_pefts_own_conversion(kind: str, rank: int, shared: Path)
             assert relative(delta_of(found), wanted) < 1e-6
             assert error < 1e-6
             assert found.rank == rank
+
+
+def test_vera_agrees_with_pefts_own_conversion(shared: Path) -> None:
+    folder = shared / "oracle" / "peft_tolora__vera"
+    adapter = lt.load(folder / "input" / "adapter")
+    truth = load_file(folder / "expected" / "delta.safetensors")
+    assert {target.path for target in adapter.modules} == truth.keys()
+    for target, module in adapter.modules.items():
+        wanted = truth[target.path].double()
+        # The file leaves no doubt of the inputs, and a base of that shape says the same.
+        for base in (None, torch.zeros_like(wanted)):
+            assert relative(kinds.delta(module, base, wide=True).numpy(), wanted.numpy()) < 1e-6
+            found, error, exact = to_lora(module, rank=8, base=base)
+            assert relative(delta_of(found), wanted.numpy()) < 1e-6
+            assert (found.rank, exact) == (8, True)
+            assert error < 1e-6

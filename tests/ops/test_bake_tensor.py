@@ -202,13 +202,31 @@ def test_values_that_replace_others(turned: bool, disk: Disk) -> None:
     replace = Term(1, 1.0, "replace", tensor=make.ref(other))
     close(bake(change_of(weight, replace)).data, other)
     close(bake(change_of(weight, replace._replace(strength=0.25))).data, base + 0.25 * (other - base))
-    exchange = Term(1, 1.0, "rows", tensor=make.ref(rows), places=(5, 1))
+    exchange = Term(0, 1.0, "rows", tensor=make.ref(rows), places=(5, 1))
     found = bake(change_of(weight, term(module, turned=turned), exchange))
     wanted = base + added
     wanted[[5, 1]] = rows
     close(found.data, wanted)
     wanted[[5, 1]] = 0.5 * ((base + added)[[5, 1]] + rows)
     close(bake(change_of(weight, term(module, turned=turned), exchange._replace(strength=0.5))).data, wanted)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_values_of_several_adapters_are_summed_as_differences(turned: bool, disk: Disk) -> None:
+    """No adapter undoes what another does, whatever their order."""
+    base, one, two, rows = normal(6, 4), normal(6, 4, seed=1), normal(6, 4, seed=2), normal(2, 4, seed=3)
+    module, delta = lora(*((4, 6) if turned else (6, 4)))
+    added, weight = delta.T if turned else delta, disk.put(base)
+    terms = [
+        term(module, turned=turned),
+        Term(1, 0.7, "replace", tensor=make.ref(one), turned=turned),
+        Term(2, 0.4, "replace", tensor=make.ref(two), turned=turned),
+        Term(3, -0.5, "rows", tensor=make.ref(rows), places=(5, 1), turned=turned),
+    ]
+    wanted = base + added + 0.7 * (one - base) + 0.4 * (two - base)
+    wanted[[5, 1]] -= 0.5 * (rows - base[[5, 1]])
+    for order in ((0, 1, 2, 3), (2, 1, 0, 3), (3, 2, 1, 0), (1, 3, 0, 2)):
+        close(bake(change_of(weight, *(terms[number] for number in order))).data, wanted)
 
 
 def test_a_larger_vocabulary(disk: Disk) -> None:

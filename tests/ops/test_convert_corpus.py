@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from loratools import formats
-from loratools.errors import ConversionError, LoraError
+from loratools.errors import ArchitectureError, ConversionError, LoraError, OptionError
 from loratools.model import Adapter, Target
 from loratools.ops import _bits, convert, files
 from loratools.tensors import LazySource, TensorRef
@@ -58,7 +59,9 @@ def rows() -> list[dict[str, str]]:
 
 
 def output(folder: Path, name: str, layout: str) -> Path:
-    return folder / (name if formats.get(layout).folder else f"{name}.safetensors")
+    form = formats.get(layout)
+    suffix = ".gguf" if form.container == "gguf" else ".safetensors"
+    return folder / (name if form.folder else name + suffix)
 
 
 def content(adapter: Adapter) -> dict[Target, tuple[str, float, dict[str, tuple[object, ...]]]]:
@@ -76,10 +79,19 @@ def content(adapter: Adapter) -> dict[Target, tuple[str, float, dict[str, tuple[
 def refused(error: LoraError, adapter: Adapter, folder: Path) -> None:
     """A proper refusal: keys named, a way out shown, and nothing left behind."""
     assert not isinstance(error, ConversionError), error
+    assert ".part" not in str(error)
+    if isinstance(error, ArchitectureError | OptionError):
+        # It is the model that the program does not run, or that has to be described, not a tensor.
+        assert re.search(
+            r"it is for .* runs .* models.*--to|--base: a folder with its config\.json", str(error)
+        )
+        assert not list(folder.iterdir())
+        return
     assert error.keys
     assert error.keys[0] in str(error)
-    assert ".part" not in str(error)
-    assert any(word in str(error) for word in ("--drop", "--to", "--base", "--arch", "Choose"))
+    assert any(
+        word in str(error) for word in ("--drop", "--to", "--base", "--arch", "Choose", "Save it", "Save the")
+    )
     assert not list(folder.iterdir())
     known = {*adapter.order, *(str(target) for target in adapter.modules)}
     if "cannot leave out" in str(error):
@@ -104,8 +116,6 @@ def back(written: Path, adapter: Adapter, layout: str, folder: Path) -> None:
 
 
 def comes_back(row: dict[str, str], layout: str) -> bool:
-    if row["layout"].startswith("mlx"):
-        return False  # only read
     # Parts that were never trained are zero: fused, there is nothing to tell them apart by, nor to lose.
     return not (layout == "peft" and row["layout"] == "custom-w_a_b" and "zero-up 24/24" in row["oddities"])
 

@@ -29,7 +29,10 @@ transformers = pytest.importorskip("transformers")
 NAMES = sorted(methods())
 # Those that declare no law add factors, which have to be of one rank.
 ON_DELTA = [name for name in NAMES if get(name).laws]
-_REAL = "peft-lora/SARAELSAFTY__Movies-_with_lora/model"
+_NEO = "peft-lora/SARAELSAFTY__Movies-_with_lora/model"
+_GPT2 = "loralib-like/umarsahmad__vl-fastapi-app/lora_weights.pt"
+_NUMBERS = "loralib-like/0xSingletOnly__learn-lora/lora_weights.pth"
+WEIGHTS = [0.8, 0.5]
 
 
 def _gpt2() -> Any:
@@ -88,11 +91,9 @@ def test_a_merged_folder_is_loaded_by_peft(name: str, trained: tuple[Any, Path],
     assert_loads(base, tmp_path / "merged")
 
 
-@pytest.fixture(scope="module")
-def real(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[Path]]:
+def _neo_layers(shared: Path, folder: Path) -> tuple[Any, list[Path]]:
     """GPT-Neo of one layer, and a real adapter's first and third layers as two adapters of it."""
-    folder = tmp_path_factory.mktemp("neo")
-    source = shared / "corpus" / _REAL
+    source = shared / "corpus" / _NEO
     tensors = load_file(source / "Copy of adapter_model.safetensors")
     paths = [folder / str(layer) for layer in (0, 2)]
     for path in paths:
@@ -107,14 +108,85 @@ def real(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, l
     return transformers.GPTNeoForCausalLM(config), paths
 
 
+def _layers(source: Path, folder: Path, *prefixes: str) -> list[Path]:
+    """Layers of one file, each as a file of its own that speaks of the first."""
+    tensors = torch.load(source, map_location="cpu", weights_only=True)
+    paths = [folder / f"{number}.pt" for number in range(len(prefixes))]
+    for path, prefix in zip(paths, prefixes, strict=True):
+        kept = {
+            prefixes[0] + name.removeprefix(prefix): tensors[name]
+            for name in tensors
+            if name.startswith(prefix)
+        }
+        assert kept
+        torch.save(kept, path)
+    return paths
+
+
+def _gpt2_layers(shared: Path, folder: Path) -> tuple[Any, list[Path]]:
+    """GPT-2 of one layer, and the first two layers of an adapter that somebody's own code made of it."""
+    paths = _layers(shared / "corpus" / _GPT2, folder, "transformer.h.0.", "transformer.h.1.")
+    sizes = {"vocab_size": 16, "n_positions": 8, "n_embd": 384, "n_layer": 1, "n_head": 6}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)), paths
+
+
+REAL = {"gpt-neo": _neo_layers, "gpt-2": _gpt2_layers}
+
+
+@pytest.fixture(scope="module", params=REAL)
+def real(
+    request: pytest.FixtureRequest, shared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, list[Path]]:
+    """A base model of one layer, and two real adapters of it."""
+    return REAL[request.param](shared, tmp_path_factory.mktemp(request.param))
+
+
+def assert_something_is_left(adapter: Path) -> None:
+    norms = [np.linalg.norm(delta) for delta in make.deltas_of(lt.load(adapter)).values()]
+    # model-stock leaves nothing of a weight whose changes point away from each other.
+    assert np.isfinite(norms).all()
+    assert max(norms) > 0.0
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_real_adapter_merged_is_loaded_by_peft(
     name: str, real: tuple[Any, list[Path]], tmp_path: Path
 ) -> None:
     base, inputs = real
-    report = merge_files(inputs, tmp_path / "merged", method=name, weights=[0.8, 0.5])
+    report = merge_files(inputs, tmp_path / "merged", method=name, weights=WEIGHTS, layout="peft")
     assert_loads(base, tmp_path / "merged")
     assert 0.0 < report.energy <= 1.0 + 1e-9
-    norms = [np.linalg.norm(delta) for delta in make.deltas_of(lt.load(tmp_path / "merged")).values()]
-    # model-stock leaves nothing of a weight whose changes point away from each other.
-    assert max(norms) > 0.0
+    assert_something_is_left(tmp_path / "merged")
+
+
+@pytest.fixture(scope="module", params=["gpt-2", "numbers"])
+def home_made(
+    request: pytest.FixtureRequest, shared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
+    """Two adapters in a layout of its maker's own, of which one names its modules by numbers alone."""
+    folder = tmp_path_factory.mktemp(f"own-{request.param}")
+    if request.param == "gpt-2":
+        return _gpt2_layers(shared, folder)[1]
+    return _layers(shared / "corpus" / _NUMBERS, folder, "0.", "1.")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_home_made_layout_is_written_as_it_came(name: str, home_made: list[Path], tmp_path: Path) -> None:
+    """In its orientation, with what the merge into PEFT's layout holds."""
+    merge_files(home_made, tmp_path / "m.safetensors", method=name, weights=WEIGHTS)
+    merge_files(home_made, tmp_path / "peft", method=name, weights=WEIGHTS, layout="peft")
+    # A module for the factors alone (c_attn.lora.lora_A) is read, and left out of the names that are written.
+    came = {
+        key.replace(".lora.", "."): tensor
+        for key, tensor in torch.load(home_made[0], map_location="cpu", weights_only=True).items()
+    }
+    own = load_file(tmp_path / "m.safetensors")
+    assert own.keys() == came.keys()
+    turned = lt.load(home_made[0]).layout.variant == "transposed"
+    for key, tensor in own.items():
+        # The other axis of each factor is the rank.
+        base = 0 if key.endswith("lora_A") == turned else 1
+        assert tensor.shape[base] == came[key].shape[base], key
+    expected = make.deltas_of(lt.load(tmp_path / "peft"))
+    make.assert_close(make.deltas_of(lt.load(tmp_path / "m.safetensors")), expected, 1e-5)
+    assert_something_is_left(tmp_path / "m.safetensors")

@@ -181,6 +181,7 @@ INPUTS = [{"path": "adapters/0.safetensors"}]
         ({"inputs": [{"weight": 1}]}, "has no path"),
         ({"inputs": [{"path": "a", "wieght": 1}]}, "'wieght'.*Did you mean: weight"),
         ({"inputs": INPUTS, "metod": "ties"}, "'metod'.*Did you mean: method"),
+        ({"inputs": INPUTS, "method": "tiess"}, "no merge method 'tiess'.*Did you mean: ties"),
         ({"inputs": INPUTS, "method": 3}, "method of the recipe is 3.*text"),
         ({"inputs": INPUTS, "recipe": 2}, "format 2"),
         ({"inputs": INPUTS, "method": "ties", "options": {"dens": 1}}, "no option 'dens'"),
