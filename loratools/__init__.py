@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from loratools.engine import Engine
     from loratools.ops.checkpoint_results import BakeReport, VerifyReport
     from loratools.ops.compare_results import CompareReport
+    from loratools.ops.doctor_results import DoctorReport
+    from loratools.ops.pack_results import PackReport, UnpackReport
     from loratools.ops.results import ConvertReport, Info
 
     Multipliers = Mapping[str, float] | Sequence[float]
@@ -35,12 +37,15 @@ __all__ = [
     "bake",
     "compare",
     "convert",
+    "doctor",
     "extract",
     "info",
     "load",
     "merge",
+    "pack",
     "resize",
     "save",
+    "unpack",
     "verify",
 ]
 
@@ -104,6 +109,8 @@ def convert(
     dtype: str = "keep",
     fold: bool = False,
     drop: Iterable[str] = (),
+    bucket: bool = False,
+    full_weights: str | PathLike[str] | None = None,
     check: bool = True,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -113,16 +120,20 @@ def convert(
     Args:
         path: The input.
         output: A file, or a folder where the layout wants one (PEFT).
-        to: The layout ("kohya", "diffusers", "peft", "comfy", …); default: the one it came in.
+        to: The layout ("kohya", "diffusers", "peft", "comfy", …), or the program whose form is wanted ("vllm",
+            "sglang", "lorax", "llama.cpp"); default: the layout it came in.
         arch: The architecture, overriding detection.
         base: The base checkpoint: names that no architecture explains are matched against its own, and kinds that
             depend on its weights become LoRA with it.
         as_kind: "lora": turn modules of other kinds into LoRA first.
-        rank: Of those, a count; None: their full rank, which is exact.
+        rank: Of those, a count; None: their full rank, which is exact. For a program: of all modules, the higher ones
+            of which are cut.
         dtype: The store dtype: "float32", "float16", "bfloat16", or "keep".
         fold: Fold alpha into the factors though the layout has a place for it.
         drop: What may be left out where the layout cannot hold it: "extras", "magnitude", "bias", "norm", "unnamed", a
             kind ("loha") or a component ("text_encoder").
+        bucket: For a program: whether to pad the rank to the next one that it provides for.
+        full_weights: For a program: where to write whole tensors that it cannot load.
         check: Whether to compare ΔW · x of both files on random x before the output takes its name.
         overwrite: Whether an existing output may be replaced.
         dry_run: Do everything but write.
@@ -146,6 +157,8 @@ def convert(
         dtype=dtype,
         fold=fold,
         drop=drop,
+        bucket=bucket,
+        full_weights=full_weights,
         check=check,
         overwrite=overwrite,
         dry_run=dry_run,
@@ -185,7 +198,7 @@ def merge(
         allow_nonfinite: Go on with NaN or Inf in a factor.
         drop: What may be left out: "extras", the tensors that belong to no module.
         options: The method's own (``density``, ``lam``, ``seed``, …), and for any method ``weight_for`` (patterns on
-            paths), ``protect``, ``protect_energy``, ``protect_strength`` and ``boost``; see
+            paths), ``protect``, ``protect_energy``, ``protect_strength``, ``boost``, ``full_modules`` and ``base``; see
             :func:`loratools.ops.merge.merge`.
 
     Raises:
@@ -434,3 +447,73 @@ def info(path: str | PathLike[str], *, norms: bool = True, arch: str | None = No
     from loratools.ops.inspect import info as run
 
     return run(path, norms=norms, arch=arch)
+
+
+def doctor(
+    path: str | PathLike[str],
+    *,
+    base: str | PathLike[str] | None = None,
+    runtime: str | None = None,
+    max_rank: int | None = None,
+    arch: str | None = None,
+    values: bool = True,
+) -> DoctorReport:
+    """Whether an adapter would load and do what it should; ``.ok`` says it in a word, ``.findings`` what is wrong.
+
+    Args:
+        path: A file, or a folder that is an adapter. One that cannot be read is a finding.
+        base: The base model that it is to be used with.
+        runtime: The program: "vllm", "sglang", "llama.cpp", "mlx", "peft", "diffusers", "comfyui", "a1111" or "lorax".
+        max_rank: The program's limit of the rank, a count; default: its usual one.
+        arch: The architecture, overriding detection.
+        values: Whether to read the tensors for NaN, zeros and overflows; else the header alone.
+
+    Raises:
+        LoraError: There is no such program.
+    """
+    from loratools.ops.doctor import doctor as run
+
+    return run(path, base=base, runtime=runtime, max_rank=max_rank, arch=arch, values=values)
+
+
+def pack(libraries: Sequence[str | PathLike[str]], output: str | PathLike[str], **options: Any) -> PackReport:
+    """A library of adapters of one base as one folder for batched serving: one layout, few ranks, no duplicates.
+
+    Args:
+        libraries: Adapters, or folders in which they lie at any depth.
+        output: The pack, a folder.
+        options: ``layout``, ``runtime``, ``max_rank``, ``ranks``, ``dtype``, ``base``, ``arch``, ``duplicate_error``,
+            ``shared_basis``, ``diagonal``, ``skip_unfit``, ``resume``, ``overwrite``, ``dry_run``; see
+            :func:`loratools.ops.pack.pack`.
+
+    Raises:
+        LoraError: Something does not fit, or cannot be read or written; no pack was written.
+    """
+    from loratools.ops.pack import pack as run
+
+    return run(libraries, output, **options)
+
+
+def unpack(
+    path: str | PathLike[str],
+    output: str | PathLike[str],
+    *,
+    names: Sequence[str] = (),
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> UnpackReport:
+    """Single adapters out of a pack, bit for bit as they were packed, or as a shared basis has them.
+
+    Args:
+        path: The pack, a folder.
+        output: A folder, in which each gets a folder or a file of its name.
+        names: Which; default: all.
+        overwrite: Whether files of an existing folder may be replaced.
+        dry_run: Do everything but write.
+
+    Raises:
+        LoraError: It is no pack, a file of it is damaged, or the output cannot be written.
+    """
+    from loratools.ops.unpack import unpack as run
+
+    return run(path, output, names=names, overwrite=overwrite, dry_run=dry_run)

@@ -18,7 +18,9 @@ from loratools import archs, formats
 from loratools.archs import Arch, Component
 from loratools.archs._table import Piece, swapped
 from loratools.errors import LayoutError, LoraError
+from loratools.formats import _peft_methods, _peft_special
 from loratools.formats._base import Format
+from loratools.formats._gguf_names import ARCHITECTURE
 from loratools.formats._positions import sam_place
 from loratools.model import Adapter, Layout, Module, Target
 from tests.kinds import samples
@@ -28,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # In the order in which people look for them; a test compares them with the layouts that there are.
 LAYOUTS = (
     *("kohya", "diffusers", "peft", "comfy", "onetrainer", "ai-toolkit", "musubi", "lycoris"),
-    *("xlabs", "attn-procs", "cloneofsimo", "loralib", "sam"),
+    *("xlabs", "attn-procs", "cloneofsimo", "loralib", "sam", "gguf", "torchtune", "mlx"),
 )
 # The layouts whose prefixes differ from component to component.
 PREFIXED = ("kohya", "lycoris", "onetrainer", "diffusers", "ai-toolkit", "comfy")
@@ -46,6 +48,10 @@ OWN_NAMES = {
 # What readers call the networks of a model that nobody has described.
 UNKNOWN = ("model", "denoiser", "text_encoder")
 
+# What layouts whose names depend on the model are tried with, and what it calls its embedding.
+HOSTS = ("llama", "gpt2")
+EMBEDDING = "model.embed_tokens"
+
 LORA = "LoRA"
 # Samples of tests.kinds, by what the table calls them.
 KINDS = {
@@ -53,6 +59,7 @@ KINDS = {
     "LoRA on convolutions (LoCon)": "lora-conv",
     "LoRA on convolutions with `lora_mid`": "lora-mid",
     "AdaLoRA": "adalora",
+    "BD-LoRA": "bdlora",
     "LoHa": "loha",
     "LoHa with `hada_t1`, `hada_t2`": "loha-tucker",
     "LoKr": "lokr",
@@ -62,12 +69,17 @@ KINDS = {
     "OFT of PEFT and OneTrainer": "oft-peft",
     "GLoRA": "glora",
     "(IA)³ of LyCORIS": "ia3-out",
+    "VeRA": "vera",
+    "MiSS": "miss",
+    "VB-LoRA": "vblora",
+    "VB-LoRA, the largest weights alone": "vblora-topk",
+    "Uni-LoRA": "unilora",
     "full differences": "full",
     "a sparse residual beside LoRA": "sparse",
 }
 _PLAIN = samples.sample("lora").module._replace(scale=1.0)
 
-ALL, SOME, NO = "all", "some", "–"
+ALL, SOME, OWN, NO = "all", "some", "its own", "–"
 
 
 class Held(NamedTuple):
@@ -105,12 +117,30 @@ def targets(arch: Arch, component: str, form: Format, blocks: int) -> list[Targe
     return [Target(component, path, rows) for path in paths for rows in owner.table.pieces(path, dialect)]
 
 
-def spelt(form: Format, module: Module, arch: str) -> bool:
-    """Whether a layout has names and places for all that a module has."""
+def spelt(form: Format, module: Module, arch: str, *, own: bool = False) -> bool:
+    """Whether a layout has names and places for all that a module has.
+
+    Args:
+        form: The layout.
+        module: The module.
+        arch: The architecture that it is of.
+        own: Whether it came in this layout, with its configuration.
+    """
     if form.speller is None or form.lacking(module):
         return False
+    if form.hosted and module.op == "embedding":
+        module = module._replace(target=module.target._replace(path=EMBEDDING))
+    config = {"peft_type": _peft_methods.TYPES.get(module.kind, "")} if own else {}
+    if own and module.kind in _peft_special.KINDS:
+        config = {"peft_type": "LORA", _peft_special.KINDS[module.kind]: "as trained"}
+    return any(_spelt(form, module, arch, config, host) for host in (HOSTS if form.hosted else ("",)))
+
+
+def _spelt(form: Format, module: Module, arch: str, config: dict[str, str], host: str) -> bool:
+    metadata = {ARCHITECTURE: host} if host else {}
+    adapter = Adapter({module.target: module}, arch=arch, config=config, metadata=metadata)
     try:
-        form.speller(module, Adapter({module.target: module}, arch=arch), Layout(form.name))
+        form.speller(module, adapter, Layout(form.name))
     except LayoutError:
         return False
     return True
@@ -133,6 +163,8 @@ def holds(arch: Arch, component: str, form: Format) -> Held:
 
 def _found_again(adapter: Adapter, arch: Arch, form: Format) -> bool:
     """Whether what a layout writes of an adapter is read as the same weights."""
+    if form.hosted:  # the weights are of several models, in each of which some have names
+        return True
     try:
         document = formats.document(adapter, Layout(form.name), form)
         if form.name in NUMBERED or not arch.has_table:
@@ -186,6 +218,10 @@ def _answer(form: Format, module: Module) -> str:
         if part.weights
     ]
     answers = {spelt(form, module._replace(target=target), arch) for arch, target in places}
+    if True not in answers and any(
+        spelt(form, module._replace(target=target), arch, own=True) for arch, target in places
+    ):
+        return OWN
     return ALL if answers == {True} else SOME if True in answers else NO
 
 

@@ -157,7 +157,7 @@ def test_rank_rules_are_described_with_their_tags() -> None:
     assert {*rank_options.RULES} <= described.keys()
     values: tuple[float | str, ...] = (32, 0.95, 10, 0.1, "20MB")
     for kind, value in zip(rank_options.RULES, values, strict=True):
-        assert _extract_options._rule({kind: value})[3] == described[kind]
+        assert _extract_options.rule_of({kind: value})[3] == described[kind]
 
 
 def test_what_baking_knows_by_name_is_listed() -> None:

@@ -28,10 +28,13 @@ except KeyboardInterrupt:  # Ctrl-C before there is anything that could tell of 
 
 COMMANDS = {
     "info": "What each file is: architecture, layout, ranks, norms, training.",
+    "doctor": "Whether an adapter would load and do what it should, and what to run if not.",
     "convert": "Write an adapter in another layout, losslessly.",
     "merge": "Combine several adapters into one.",
     "resize": "Cut an adapter to lower ranks, as little as the rule allows.",
     "compare": "How adapters relate, and where they would interfere.",
+    "pack": "A library of adapters of one base as one folder for batched serving.",
+    "unpack": "Single adapters out of a pack, each in a folder of its name in OUT.",
     "bake": "Write a checkpoint with adapters in it.",
     "extract": "Make a LoRA from the difference of two checkpoints.",
     "verify": "Whether a checkpoint is BASE with adapters baked in, tensor by tensor.",
@@ -46,6 +49,7 @@ Examples:
   loratools convert style.safetensors -o style_diffusers.safetensors --to diffusers
   loratools merge style.safetensors character.safetensors -o both.safetensors
   loratools resize style.safetensors -o small.safetensors --energy 0.95
+  loratools doctor peft_folder --for vllm
   loratools bake base.safetensors style.safetensors -o baked.safetensors
   loratools extract base.ckpt tuned.ckpt --rank 32
   loratools merge --help
@@ -64,9 +68,8 @@ Examples:
 def cli() -> None:
     """Inspect, convert, merge, resize, compare, bake and extract LoRA adapters, whatever trainer wrote them.
 
-    A PATH is a .safetensors, .ckpt, .pt, .pth, .bin or .npz file, a folder that is an adapter (PEFT, MLX), or a model:
-    sharded, or a diffusers folder. GGUF cannot be read yet. What a file is, is read from its
-    content, never from its name.
+    A PATH is a .safetensors, .ckpt, .pt, .pth, .bin or .npz file, a .gguf adapter, a folder that is an adapter (PEFT,
+    MLX), or a model: sharded, or a diffusers folder. What a file is, is read from its content, never from its name.
 
     Exit status: 0 done; 1 refused or failed, and nothing was written; 2 wrong usage; 130 interrupted.
     """

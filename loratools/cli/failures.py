@@ -45,8 +45,9 @@ def message(error: BaseException) -> str:
     """What went wrong, in a sentence that says what to do."""
     if isinstance(error, LoraError):
         return str(error)
-    # torch's own out-of-memory error is told by its name, so that torch need not be imported.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    # torch's own out-of-memory errors are told by name (a device's) and words, so that torch need not be imported.
+    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if full or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
         return "There is not enough memory. Try fewer files at once, or --device cpu."
     if isinstance(error, OSError):
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""

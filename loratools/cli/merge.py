@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loratools.cli import merge_options, options, output, weight_options
+from loratools.cli import beside_options, merge_options, options, output, weight_options
 
 if TYPE_CHECKING:
-    from loratools.ops.results import MergeReport
+    from loratools.ops.merge_results import MergeReport
 
 _EPILOG = """\b
 Examples:
@@ -21,6 +21,7 @@ Examples:
   loratools merge A B --method ties --density 0.3 --rank 32 -o small.safetensors
   loratools merge style.safetensors B --protect style.safetensors -o both.safetensors
   loratools merge kohya.safetensors peft_folder --to peft -o merged_folder
+  loratools merge dora_A dora_B --base base_folder --rank 32 -o merged_folder
   loratools merge A B --save-recipe mix.yaml -o out.safetensors
   loratools merge --recipe mix.yaml -o again.safetensors
   loratools merge A B -o out.safetensors --dry-run --json
@@ -47,6 +48,7 @@ Examples:
 )
 @merge_options.method_options
 @merge_options.steps
+@beside_options.beside
 @merge_options.recipes
 @click.option(
     "--drop",
@@ -115,9 +117,9 @@ def _repeat(recipe: str, *, quiet: bool, device: str, **given: Any) -> MergeRepo
 def _write(report: MergeReport, *, dry_run: bool, as_json: bool, quiet: bool) -> None:
     written = None if dry_run else report.output
     if as_json:
-        from loratools.report import data
+        from loratools.report.merge_data import merge_json
 
-        output.write_json(data.merge_json(report, dry_run=dry_run), written=written)
+        output.write_json(merge_json(report, dry_run=dry_run), written=written)
     elif not quiet:
         from loratools.report.merge_text import merge_text
 

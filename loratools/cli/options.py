@@ -39,6 +39,27 @@ def _other_layouts() -> Mapping[str, str]:
     return {word: names[0] for word, names in CALLED.items()}
 
 
+def _programs() -> list[str]:
+    """The programs that have a normal form to convert to."""
+    from loratools.runtimes import runtimes
+
+    return [name for name, found in runtimes().items() if found.normal]
+
+
+def _layouts_and_programs() -> Mapping[str, str]:
+    """What people call layouts, and the programs that --to takes beside them."""
+    return {**_other_layouts(), **{name: name for name in _programs()}}
+
+
+def layout_or_program(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Callback of --to where a program's name may stand for the form that it holds."""
+    if value is not None and value in _programs():
+        return value
+    checked = registered("loratools.formats", "FORMAT", "layout", _layouts_and_programs)
+    found: str | None = checked(ctx, param, value)
+    return found
+
+
 def registered(
     package: str, constant: str, word: str, aliases: Callable[[], Mapping[str, str]] = dict
 ) -> Callback:
@@ -153,6 +174,13 @@ def writing(command: Decorated) -> Decorated:
     return command
 
 
+def converting(command: Decorated) -> Decorated:
+    """As ``writing``, for a command whose --to takes programs, too."""
+    for option in reversed((_output, _to_program, _dtype, _device, _overwrite, _dry_run)):
+        command = option(command)
+    return command
+
+
 def baking(command: Decorated) -> Decorated:
     """--output, --dtype, --device, --overwrite and --dry-run: for a command that writes a checkpoint."""
     output = _named_output("A file where BASE is one (.safetensors, or a pickle where it is), else a folder.")
@@ -168,6 +196,31 @@ def extracting(command: Decorated) -> Decorated:
     )
     layout = _layout("kohya where the architecture has names of its own, else peft")
     for option in reversed((output, layout, _dtype, _device, _overwrite, _dry_run)):
+        command = option(command)
+    return command
+
+
+def packing(command: Decorated) -> Decorated:
+    """--output, --to, --dtype, --overwrite and --dry-run: for a command that writes a folder of adapters."""
+    folder = _named_output("The pack, a folder.")
+    layout = _layout("what the program reads, else peft")
+    for option in reversed((folder, layout, _dtype, _replace_pack, _dry_run)):
+        command = option(command)
+    return command
+
+
+def unpacking(command: Decorated) -> Decorated:
+    """--output, --overwrite and --dry-run: for a command that writes into a folder."""
+    folder = click.option(
+        "output_path",
+        "--output",
+        "-o",
+        required=True,
+        callback=_a_name,
+        metavar="OUT",
+        help="A folder, in which each adapter gets one of its name.",
+    )
+    for option in reversed((folder, _overwrite, _dry_run)):
         command = option(command)
     return command
 
@@ -240,6 +293,15 @@ def _layout(default: str) -> Decorator[Any]:
 
 
 _to = _layout("that of the first input")
+_to_program: Decorator[Any] = click.option(
+    "--to",
+    "layout",
+    callback=layout_or_program,
+    metavar="LAYOUT",
+    help="The layout to write (kohya, diffusers, peft, mlx, …), or the program that it is for (vllm, sglang, lorax, "
+    "llama.cpp): one rank and one scale where it wants them, and nothing that it does not apply. Default: the input's "
+    "layout.",
+)
 _dtype: Decorator[Any] = click.option(
     "--dtype",
     callback=dtype,
@@ -255,6 +317,9 @@ _device: Decorator[Any] = click.option(
     help="Where to compute: auto (default), cpu, cuda, cuda:N or mps.",
 )
 _overwrite: Decorator[Any] = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+_replace_pack: Decorator[Any] = click.option(
+    "--overwrite", is_flag=True, help="Replace an existing pack, as a whole."
+)
 _dry_run: Decorator[Any] = click.option(
     "--dry-run", is_flag=True, help="Do everything but write, and say what would be written."
 )

@@ -26,9 +26,11 @@ _FATES = {
     "fused": "fused with others",
     "converted": "turned into LoRA",
     "folded": "folded into factors",
+    "padded": "padded with zeros",
     "metadata": "kept in the metadata",
     "implied": "implied",
     "zero": "zero and left out",
+    "apart": "written apart",
     "dropped": "dropped",
 }
 
@@ -60,6 +62,8 @@ def _facts(report: ConvertReport, symbols: Symbols, dry_run: bool) -> Iterator[t
     yield "from", clean(report.input)
     source, layout = clean(report.source), clean(report.layout)
     yield "layout", layout if source == layout else f"{source} to {layout}"
+    if report.runtime:
+        yield "for", clean(report.runtime)
     yield "architecture", clean(report.arch)
     yield "modules", f"{before:,}" if before == after else f"{before:,}, written as {after:,}"
     yield "kinds", values.counts(report.kinds, symbols)
@@ -69,6 +73,8 @@ def _facts(report: ConvertReport, symbols: Symbols, dry_run: bool) -> Iterator[t
     yield "tensors", _fates(report)
     if report.conversions:
         yield "to LoRA", _summary(report.conversions)
+    if report.normalised:
+        yield "normal form", _normalised(report)
     yield from (("dropped", each) for each in _dropped(report))
     yield "verified", _verified(report)
     if report.error:
@@ -79,6 +85,16 @@ def _facts(report: ConvertReport, symbols: Symbols, dry_run: bool) -> Iterator[t
         yield "dry run", "nothing was written"
     else:
         yield "wrote", target
+        if report.full_weights:
+            yield "wrote", f"{clean(report.full_weights)}, whole tensors of the base"
+
+
+def _normalised(report: ConvertReport) -> str:
+    """``12 padded, 3 folded``, and how many of these modules have the very ΔW they had."""
+    counts = Counter(change for each in report.normalised for change in each.changes)
+    exact = sum(each.exact for each in report.normalised)
+    done = ", ".join(f"{count:,} {change}" for change, count in counts.items())
+    return f"{done}; {exact:,} of {values.plural(len(report.normalised), 'module')} exactly"
 
 
 def _fates(report: ConvertReport) -> str:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loratools.ops.results import ComponentInfo, ConvertReport, Info, MergedModule, MergeReport, ModuleInfo
+from loratools.ops.results import ComponentInfo, ConvertReport, Info, ModuleInfo
 
 
 def dumps(value: Any) -> str:
@@ -44,6 +44,7 @@ def info_json(info: Info) -> dict[str, Any]:
             "container": info.container,
             "arch": info.arch,
             "arch_title": info.arch_title,
+            "family": info.family,
             "kinds": info.kinds,
             "components": {name: _component(each) for name, each in info.components.items()},
             "modules": [_module(each) for each in info.modules],
@@ -54,35 +55,6 @@ def info_json(info: Info) -> dict[str, Any]:
             "training": info.training,
             "warnings": info.warnings,
             "error": info.error,
-        }
-    )
-    return found
-
-
-def merge_json(report: MergeReport, *, dry_run: bool = False) -> dict[str, Any]:
-    """The document of ``merge --json``.
-
-    Args:
-        report: What the merge did.
-        dry_run: Whether nothing was written; ``bytes`` is then what would have been.
-    """
-    found: dict[str, Any] = strict(
-        {
-            "output": report.output,
-            "bytes": report.bytes,
-            "dry_run": dry_run,
-            "method": report.method,
-            "options": report.options,
-            "layout": report.layout,
-            "arch": report.arch,
-            "inputs": report.inputs,
-            "modules": [_merged(each) for each in report.modules],
-            "ranks": report.ranks,
-            "energy": report.energy,
-            "dtypes": report.dtypes,
-            "carried": report.carried,
-            "dropped": report.dropped,
-            "notes": report.notes,
         }
     )
     return found
@@ -118,6 +90,9 @@ def convert_json(report: ConvertReport, *, dry_run: bool = False) -> dict[str, A
             if report.weights is None
             else {"weights": report.weights, "error": report.error, "worst": report.worst},
             "dropped": report.dropped,
+            "runtime": report.runtime or None,
+            "normalised": [each._asdict() for each in report.normalised],
+            "full_weights": report.full_weights or None,
             "notes": report.notes,
         }
     )
@@ -154,14 +129,4 @@ def _module(module: ModuleInfo) -> dict[str, Any]:
         "dtype": module.dtype,
         "dora": module.dora,
         "magnitude_axis": module.magnitude_axis,
-    }
-
-
-def _merged(module: MergedModule) -> dict[str, Any]:
-    return {
-        "target": module.target,
-        "component": module.component,
-        "inputs": module.inputs,
-        "rank": module.rank,
-        "energy": module.energy,
     }

@@ -21,6 +21,7 @@ TYPES = {
     "adapter": "an adapter",
     "bottleneck-adapter": "a bottleneck adapter",
     "checkpoint": "a model checkpoint",
+    "pack": "a pack of adapters (loratools pack)",
     "controlnet": "a ControlNet",
     "controlnet-lllite": "a ControlNet-LLLite",
     "empty": "a file without tensors",
@@ -98,7 +99,8 @@ def packed(parts: Sequence[str], width: int, separator: str) -> str:
 def _what(info: Info, symbols: Symbols) -> Text:
     if info.type == "adapter":
         known = clean(info.arch_title or info.arch) if info.arch != "unknown" else "unknown architecture"
-        return Text(f"Adapter {symbols.dot} {known}", style="green")
+        family = f" {symbols.dot} {clean(info.family)}" if info.family else ""
+        return Text(f"Adapter {symbols.dot} {known}{family}", style="green")
     what = TYPES.get(info.type, f"of type {clean(info.type)}")
     text = f"This is {what}, not a LoRA."
     if info.arch != "unknown" and info.arch_title:

@@ -226,7 +226,9 @@ def test_a_gguf_is_refused_by_name(folder):
         swapped(EXTRACT, base="x.gguf"),
         swapped(EXTRACT, tuned="x.gguf"),
     ):
-        assert "x.gguf: a GGUF file, which cannot be read yet" in refused(folder, *command)
+        assert "x.gguf: a GGUF file, whose weights are not read as a base model's" in refused(
+            folder, *command
+        )
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,8 @@ def test_json_is_one_document_and_nothing_else(flux, out):
     found = json.loads(result.stdout)
     assert found.keys() == {
         "input", "output", "bytes", "dry_run", "arch", "from", "layout", "modules", "kinds", "ranks", "dtypes",
-        "fates", "ledger", "tensors", "conversions", "verified", "dropped", "notes",
+        "fates", "ledger", "tensors", "conversions", "verified", "dropped", "runtime",
+        "normalised", "full_weights", "notes",
     }  # fmt: skip
     assert (found["input"], found["output"]) == (str(flux.path), str(out))
     assert (found["from"], found["layout"], found["arch"]) == ("kohya", "diffusers", "flux")
@@ -381,8 +382,8 @@ def test_an_output_in_no_folder_is_refused_before_any_work(flux, tmp_path):
     assert "does not exist" in result.stderr
 
 
-def test_a_layout_that_is_only_read_names_the_others(flux, out):
-    result = run(flux.path, "--to", "mlx", "-o", out)
+def test_a_layout_for_other_models_names_those_that_can_hold_it(flux, tmp_path):
+    result = run(flux.path, "--to", "mlx", "-o", tmp_path / "folder")
     assert result.exit_code == 1
     assert "kohya" in result.stderr
     assert "--to" in result.stderr

@@ -84,3 +84,9 @@ def test_a_closed_pipe_ends_quietly():
     process.stderr.close()
     process.wait()
     assert b"Traceback" not in error
+
+
+def test_memory_that_torch_cannot_get_is_no_fault_of_ours(run):
+    result = run(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 96000000000 bytes"))
+    assert result.exit_code == 1
+    assert "not enough memory" in result.stderr

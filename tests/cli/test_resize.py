@@ -85,6 +85,21 @@ def test_the_plot_shows_every_component(made, tmp_path):
     assert "energy kept by rank: text_encoder" in result.stdout
 
 
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_plot_fits_a_pipe_of_any_width(made, tmp_path, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    result = run(made.path, "-o", tmp_path / "out.safetensors", "--energy", 0.8, "--plot", "--dry-run")
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= width
+    assert "\x1b" not in result.stdout
+    start = lines.index(next(line for line in lines if "energy kept by rank: denoiser" in line))
+    bars = [line.rstrip().rsplit(" ", 1)[-1] for line in lines[start:] if line.rstrip()[-1:] in ("█", "#")][
+        :4
+    ]
+    assert [len(bar) for bar in bars] == sorted(len(bar) for bar in bars)
+    assert len(bars[0]) < len(bars[-1])
+
+
 def test_in_place_with_overwrite_alone(tmp_path):
     made = factories.kohya(tmp_path / "style.safetensors", "sd15", rank=6)
     before = made.path.read_bytes()

@@ -6,14 +6,13 @@ import io
 
 from rich.console import Console
 
+from loratools.ops.merge_results import MergedModule, MergeReport
 from loratools.ops.results import (
     ComponentInfo,
     Conversion,
     ConvertReport,
     Info,
     LedgerEntry,
-    MergedModule,
-    MergeReport,
     ModuleInfo,
 )
 from loratools.report.values import Symbols, symbols_for
@@ -103,6 +102,7 @@ def merge_report(**changes) -> MergeReport:
                 "arch": "sdxl",
                 "modules": 794,
                 "sha256": "ab" * 32,
+                "bytes": 23_456_789,
             },
             {
                 "path": "loras/character/adapter_model.safetensors",
@@ -114,9 +114,9 @@ def merge_report(**changes) -> MergeReport:
             },
         ),
         "modules": (
-            MergedModule("a", "denoiser", (0, 1), 8, 0.9997),
-            MergedModule("b", "denoiser", (0,), 4),
-            MergedModule("c", "text_encoder", (0, 1), 16, 0.5),
+            MergedModule("a", "denoiser", (0, 1), 8, 0.75, before=(16, 4), norm=3.0),
+            MergedModule("b", "denoiser", (0,), 4, before=(4,), norm=2.0),
+            MergedModule("c", "text_encoder", (0, 1), 16, 0.5, before=(16, 4), norm=1.0),
         ),
         "energy": 0.9997,
         "layout": "kohya",

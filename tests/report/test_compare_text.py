@@ -82,8 +82,8 @@ def flat(text):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-@pytest.mark.parametrize("width", [80, 160])
-@pytest.mark.parametrize("count", [2, 4, 12, 20])
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+@pytest.mark.parametrize("count", [2, 3, 12, 100])
 def test_nothing_is_wider_than_the_terminal(width, encoding, count):
     changes = {"pairs": ()} if count > 16 else {}
     text = text_of(report(count, **changes), width, encoding)
@@ -161,6 +161,15 @@ def test_only_equal_directions_have_a_cosine_of_one():
     assert "0.999" in text
     assert "-0.999" in text
     assert "-1.000" in text
+
+
+def test_an_adapter_that_changes_nothing_keeps_its_place_in_the_matrix():
+    cosines = ((None, None, None), (None, 1.0, -1e-5), (None, -1e-5, 1.0))
+    lines = text_of(report(3, cosines=cosines), width=60).splitlines()
+    at = next(index for index, line in enumerate(lines) if line.split() == ["cosines"])
+    assert lines[at + 1].split() == ["1", "2", "3"]
+    assert lines[at + 3].split() == ["1", "–", "–", "–"]
+    assert lines[at + 4].split() == ["2", "–", "1.000", "0.000"]
 
 
 def test_names_cannot_steer_the_terminal():

@@ -1,7 +1,10 @@
 import json
 import math
 
+import pytest
+
 from loratools.report import data
+from loratools.report.merge_data import merge_json
 from tests.report.samples import component, info, merge_report, module
 
 CONTRACT = {
@@ -81,9 +84,10 @@ def test_values_that_json_lacks_are_written_as_text():
 
 
 def test_a_merge():
-    found = strictly(data.dumps(data.merge_json(merge_report(energy=math.nan), dry_run=True)))
+    found = strictly(data.dumps(merge_json(merge_report(energy=math.nan), dry_run=True)))
     assert found["dry_run"] is True
     assert found["energy"] is None
+    assert found["error"] is None
     assert found["ranks"] == {"4": 1, "8": 1, "16": 1}
     assert found["inputs"][1]["weight"] == -0.5
     assert found["modules"][0] == {
@@ -91,5 +95,19 @@ def test_a_merge():
         "component": "denoiser",
         "inputs": [0, 1],
         "rank": 8,
-        "energy": 0.9997,
+        "energy": 0.75,
+        "shape": None,
+        "before": [16, 4],
+        "norm": 3.0,
     }
+
+
+def test_a_merge_says_by_component_what_was_kept():
+    found = strictly(data.dumps(merge_json(merge_report(energy=0.9375))))
+    assert found["error"] == 0.25
+    denoiser = found["components"]["denoiser"]
+    assert (denoiser["modules"], denoiser["rank_before"], denoiser["rank"]) == (2, [[16, 4], [4]], [8, 4])
+    # 9 of 12 and all of 4 are left of 16.
+    assert denoiser["energy"] == pytest.approx(13 / 16)
+    assert denoiser["error"] == pytest.approx((3 / 16) ** 0.5)
+    assert found["components"]["text_encoder"]["energy"] == pytest.approx(0.5)
