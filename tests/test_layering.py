@@ -49,6 +49,8 @@ HEADER_OPS = {"inspect", "files", "results", "_metadata", "_outputs"}
 # Operations that copy bits, and compute only where something has to be computed.
 TORCH_FREE_OPS = {
     "convert",
+    "_convert_report",
+    "_convert_stages",
     "bake",
     "verify",
     "checkpoint_results",

@@ -33,7 +33,10 @@ class CholeskySide:
     def expand(self, vectors: torch.Tensor, length: int) -> torch.Tensor:  # noqa: ARG002 - the factor knows
         """Q @ vectors (rank, k), as (n, k)."""
         inner: torch.Tensor = torch.linalg.solve_triangular(self.core, vectors, upper=True)
-        return self.factor @ inner
+        if self.factor.is_contiguous():
+            return self.factor @ inner
+        # A turned matrix times a narrow one that is turned, too, takes BLAS many times as long as the same the other way.
+        return (inner.T @ self.factor.T).T
 
 
 def orthogonalise(factor: torch.Tensor) -> CholeskySide | None:

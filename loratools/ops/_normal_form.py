@@ -21,6 +21,10 @@ from loratools.tensors import TensorRef
 _LAYOUT = "peft"
 
 
+# What models with tied weights have for both ends, by the last word of its path.
+_TIED = {"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared"}
+
+
 class Normal(NamedTuple):
     """What a conversion did for a program's normal form.
 
@@ -142,6 +146,17 @@ def beside(
         {**extras.whole, **biases.whole}, {**extras.entries, **biases.entries}, (*biases.misfits, *strangers)
     )
     return kept, list(found.misfits), found
+
+
+def tied(found: Beside, host: Host) -> tuple[str, ...]:
+    """A note on whole tensors that a model has twice: PEFT parts the two, a program that loads the file does not."""
+    names = _TIED & {key.removesuffix(".weight").rpartition(".")[2] for key in found.whole}
+    if not host.tied or not names:
+        return ()
+    return (
+        f"{min(names)} is both the embedding and the output layer of the model (tie_word_embeddings), and only one of "
+        "them was trained: set tie_word_embeddings to false and store both before the whole tensors are loaded",
+    )
 
 
 def told(

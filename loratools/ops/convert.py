@@ -2,47 +2,43 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loratools import formats
 from loratools.errors import LayoutError, LoraError, OptionError
-from loratools.formats import Document, Format, _names
+from loratools.formats import Document, Format
 from loratools.formats._scaling import refuse_nonfinite
-from loratools.io.base import Base
-from loratools.model import EMPTY, Adapter, Module, Target
+from loratools.model import EMPTY, Adapter, Module
 from loratools.ops import (
-    _fit,
+    _convert_report,
+    _convert_stages,
     _host,
     _initial,
     _ledger,
     _moe_convert,
     _moe_told,
-    _normal,
     _normal_form,
     _normal_whole,
-    _one_alpha,
     _prove,
-    _regroup,
     _remarks,
     _reread,
     _row_orders,
     _settle,
     files,
 )
+from loratools.ops._convert_report import Progress
+from loratools.ops._convert_stages import Asked, Fitting, Ready, against, writable
+from loratools.ops._fit import Fitted, Misfit
 from loratools.ops._prove import verify
-from loratools.ops.results import Conversion, ConvertReport, LedgerEntry, WrittenTensor
+from loratools.ops.results import Conversion, ConvertReport, LedgerEntry
 
 if TYPE_CHECKING:
     from loratools.ops._probe import Probed
 
-__all__ = ["Converted", "convert", "convert_file", "verify", "writable"]
-
-Progress = Callable[[str, int, int], None]
+__all__ = ["Converted", "against", "convert", "convert_file", "verify", "writable"]
 
 
 class Converted(NamedTuple):
@@ -129,82 +125,74 @@ def convert(
         LayoutError: The layout cannot hold everything; the message names the keys, and what would drop them.
         LoraError: A module cannot be converted.
     """
-    drop = frozenset([drop] if isinstance(drop, str) else drop)
-    demand = _normal_form.demanded(layout, rank, bucket=bucket, apart=full_weights)
-    form = writable(layout)
-    if demand is not None:
-        _normal.refuse_others(adapter, demand.runtime)
-        form = _normal.restricted(form, demand.runtime)
-    if dtype != "keep" and dtype not in files.STORE_DTYPES:
-        raise OptionError(f"there is no store dtype {dtype!r}", candidates=[*files.STORE_DTYPES, "keep"])
+    asked = _convert_stages.asked(
+        adapter,
+        layout,
+        drop=drop,
+        dtype=dtype,
+        rank=rank,
+        container=container,
+        heads=(heads, kv_heads),
+        base=base,
+        bucket=bucket,
+        full_weights=full_weights,
+        fold=fold,
+        as_kind=as_kind,
+        device=device,
+        experts=experts,
+        experts_count=experts_count,
+    )
     refuse_nonfinite(adapter)
     adapter = _initial.without(adapter, initial)
-    goal = files.layout_of(form, container)
-    host, known = _host.of(base, heads, kv_heads)
-    ordered = _host.settled(adapter, form, host)
-    reordered = not _row_orders.alike(ordered, form, host)
-    if reordered:
-        ordered = _row_orders.as_transformers(ordered, host)
-    ordered, about = _moe_convert.told(ordered, base, experts_count)
-    named, store = against(ordered, known), files.STORE_DTYPES.get(dtype, "")
-    if demand is not None and as_kind is None:
-        ready, origins, conversions = _normal.held(named, demand, known, drop, store, device)
-    else:
-        ready, origins, conversions = _as_kind(named, as_kind, rank, known, dtype, device)
-    ready, components = _settle.apart(ready, form, goal, drop)
-    regrouped = _regroup.regroup(ready, form)
-    regrouped = _moe_convert.styled(regrouped, form, experts, about, open_up=demand is not None)
-    if demand is not None:
-        seen = _moe_convert.seen(ready, regrouped)
-        regrouped = _normal_form.steps(regrouped, seen, demand, form, host, known, store)
-    mixed = _names.mixed(ready.modules.values()) if form.uniform else frozenset()
-    steps = _one_alpha.steps(regrouped.steps, store) if form.alpha == "file" else regrouped.steps
-    steps = _moe_convert.packed(steps, form)
-    whole = replace(ready, modules={step.module.target: step.module for step in steps})
-    fitted = [
-        _fit.fit(step, whole, goal, form, fold=fold, dtype=store, mixed=mixed, matched=known is not None)
-        for step in steps
-    ]
-    fitted = _host.without_outputs(fitted, form, host)
-    misfits = _settle.misfits_of(fitted, origins)
-    extras, misfits, beside = _normal_form.beside(ready, fitted, misfits, goal, form, demand, known)
-    asked = drop or fold or store or as_kind or base or initial or demand or experts != _moe_convert.KEEP
-    if misfits and not asked and adapter.layout.name == goal.name and _is_spelt(adapter, fitted):
-        return _as_it_is(adapter, form)
-    modules = _modules(fitted, store)
-    dropped = [*components, *misfits, *_remarks.untold(adapter, goal)]
-    asked_for = goal if demand is None else goal._replace(name=demand.runtime.title)
-    _settle.settle(dropped, drop, ready, asked_for, nothing=not modules)
+    ready = _convert_stages.ready(adapter, asked)
+    fitting = _convert_stages.fitted(ready, asked)
+    own = adapter.layout.name == asked.goal.name and not (asked.changes or initial)
+    if fitting.misfits and own and _is_spelt(adapter, fitting.fitted):
+        return _as_it_is(adapter, asked.form)
+    modules = fitting.modules(asked.store)
+    dropped = [*ready.components, *fitting.misfits, *_remarks.untold(adapter, asked.goal)]
+    _settle.settle(dropped, asked.drop, ready.adapter, asked.named, nothing=not modules)
     if not modules:
         raise LayoutError(
             "nothing is left to write", path=adapter.path or None, todo="Drop less, or choose another layout"
         )
-    kept = _settle.without(replace(ready, modules=modules, order=()), extras)
-    renamed = _reread.names(
-        [target.path for target in modules], form, form.family(adapter, host.model_type) or ""
+    kept = _settle.without(replace(ready.adapter, modules=modules, order=()), fitting.extras)
+    return _converted(adapter, asked, ready, fitting, kept, dropped)
+
+
+def _converted(
+    adapter: Adapter, asked: Asked, ready: Ready, fitting: Fitting, kept: Adapter, dropped: Sequence[Misfit]
+) -> Converted:
+    """What is left of an adapter as a document, with the account of every tensor and what is to be proven of it."""
+    form, host, demand, fitted = asked.form, asked.host, asked.demand, fitting.fitted
+    family = form.family(adapter, host.model_type) or ""
+    renamed = _reread.names([target.path for target in kept.modules], form, family)
+    written = _row_orders.as_written(kept, form, host) if ready.reordered else kept
+    document = formats.document(written, asked.goal, form)
+    document = _normal_form.configured(document, form, demand, host, kept)
+    ledger = _ledger.account(
+        adapter, ready.adapter, fitted, ready.origins, dropped, written=document.tensors, form=form
     )
-    written = _row_orders.as_written(kept, form, host) if reordered else kept
-    document = _normal_form.configured(formats.document(written, goal, form), form, demand, host, kept)
-    notes = (*regrouped.notes, *_remarks.remarks(kept, form, dropped, drop), *_reread.notes(renamed, form))
-    ledger = _ledger.account(adapter, ready, fitted, origins, dropped, written=document.tensors, form=form)
-    provable = _prove.provable(origins, conversions)
+    provable = _prove.provable(ready.origins, ready.conversions)
+    beside = _normal_form.tied(fitting.beside, host)
+    remarks = (*_remarks.remarks(kept, form, dropped, asked.drop), *_reread.notes(renamed, form), *beside)
     return Converted(
         kept,
         document,
-        _normal_form.told(ledger, fitted, beside, demand),
-        tuple(_prove.expected(fitted, provable, ready)),
-        _prove.rounded(fitted, store, ready.arch, provable),
-        tuple(conversions),
-        tuple(dict.fromkeys((*ready.notes, *notes))),
+        _normal_form.told(ledger, fitted, fitting.beside, demand),
+        tuple(_prove.expected(fitted, provable, ready.adapter)),
+        _prove.rounded(fitted, asked.store, ready.adapter.arch, provable),
+        tuple(ready.conversions),
+        tuple(dict.fromkeys((*ready.adapter.notes, *fitting.notes, *remarks))),
         host,
-        reordered,
-        _normal_form.normal(demand, fitted, origins, conversions, beside),
-        about,
+        ready.reordered,
+        _normal_form.normal(demand, fitted, ready.origins, ready.conversions, fitting.beside),
+        ready.about,
         renamed,
     )
 
 
-def _is_spelt(adapter: Adapter, fitted: Sequence[_fit.Fitted]) -> bool:
+def _is_spelt(adapter: Adapter, fitted: Sequence[Fitted]) -> bool:
     """Whether all that can be spelt anew is spelt so in the file already."""
     names = set(adapter.order)
     return bool(names) and all(ref.name in names for each in fitted for ref in each.spelt)
@@ -216,62 +204,6 @@ def _as_it_is(adapter: Adapter, form: Format) -> Converted:
     document = formats.document(adapter, adapter.layout, form)
     modules = tuple(adapter.modules.values())
     return Converted(adapter, document, ledger, modules, {}, (), adapter.notes)
-
-
-def writable(layout: str) -> Format:
-    """The layout of this name, or that of a program with a normal form.
-
-    Raises:
-        LayoutError: There is none, or it is only read.
-    """
-    runtime = _normal.runtime_of(layout)
-    form = formats.get(layout if runtime is None else runtime.layouts[0])
-    if form.speller is None or form.finisher is None:
-        raise LayoutError(
-            f"the {form.title} layout can be read but not written yet",
-            expected=f"Written are {', '.join(formats.writable())}",
-            todo="Choose another with --to",
-        )
-    return form
-
-
-def against(adapter: Adapter, base: Base | None) -> Adapter:
-    """The adapter under the base's own names; its tensors keep the keys that they have in the file."""
-    if base is None:
-        return adapter
-    from loratools.ops import base_names
-
-    special, others = _moe_convert.apart(adapter)
-    if not others.modules and special.modules:
-        return adapter
-    found = base_names.against(others, base)
-    pairs = zip(found.modules.items(), others.modules.values(), strict=True)
-    modules = {target: module._replace(factors=before.factors) for (target, module), before in pairs}
-    return replace(found, modules={**modules, **special.modules})
-
-
-def _as_kind(
-    adapter: Adapter, kind: str | None, rank: int | None, base: Base | None, dtype: str, device: str
-) -> tuple[Adapter, dict[Target, Module], list[Conversion]]:
-    """The adapter with its modules turned into LoRA where that was asked for, and what they were before."""
-    if kind is None:
-        if rank is not None:
-            raise OptionError("a rank is given, but no kind to convert to", todo="Add --as lora")
-        return adapter, {}, []
-    if kind != "lora":
-        raise OptionError(f"modules cannot be turned into {kind!r}", candidates=["lora"])
-    from loratools.ops import _as_kind
-
-    store = files.STORE_DTYPES.get(dtype)
-    return _as_kind.as_lora(adapter, rank=rank, base=base, dtype=store, device=device)
-
-
-def _modules(fitted: Sequence[_fit.Fitted], store: str) -> dict[Target, Module]:
-    found: dict[Target, Module] = {}
-    for each in fitted:
-        if each.module is not None:
-            found[each.module.target] = files.cast_module(each.module, store) if store else each.module
-    return found
 
 
 def convert_file(
@@ -339,10 +271,12 @@ def convert_file(
             output,
             container=container,
             overwrite=overwrite,
-            progress=_counted(progress, len(converted.document.tensors)),
+            progress=_convert_report.counted(progress, len(converted.document.tensors)),
             check=prove,
         )
-    report = _report(adapter, converted, os.fspath(output), to, size, found[0] if found else None)
+    report = _convert_report.report(
+        adapter, converted, os.fspath(output), to, size, found[0] if found else None
+    )
     wrote = full_weights is not None and converted.normal.whole
     return report._replace(full_weights=os.fspath(full_weights)) if full_weights and wrote else report
 
@@ -413,40 +347,4 @@ def _read_again(adapter: Adapter, converted: Converted, container: str) -> Adapt
         config=converted.document.config or {},
         container=container,
         arch=_forced(adapter),
-    )
-
-
-def _counted(progress: Progress | None, total: int) -> Callable[[int], None] | None:
-    if progress is None:
-        return None
-    numbers = itertools.count(1)
-    return lambda _: progress("", next(numbers), total)
-
-
-def _report(
-    adapter: Adapter, converted: Converted, output: str, to: str, size: int, probed: Probed | None
-) -> ConvertReport:
-    modules = converted.adapter.modules
-    return ConvertReport(
-        input=adapter.path,
-        output=output,
-        bytes=size,
-        arch=adapter.arch,
-        source=str(adapter.layout),
-        layout=to,
-        modules=(len(adapter.modules), len(modules)),
-        kinds=converted.adapter.kinds,
-        ranks=dict(sorted(Counter(module.rank or 0 for module in modules.values()).items())),
-        dtypes=dict(Counter(ref.dtype for ref in converted.document.tensors)),
-        ledger=converted.ledger,
-        tensors=tuple(
-            [WrittenTensor(ref.name, ref.dtype, ref.shape, ref.nbytes) for ref in converted.document.tensors]
-        ),
-        conversions=converted.conversions,
-        weights=probed.weights if probed else None,
-        error=probed.error if probed else None,
-        worst=probed.worst if probed else "",
-        notes=converted.notes,
-        runtime=converted.normal.runtime,
-        normalised=converted.normal.account,
     )

@@ -289,6 +289,19 @@ def test_whole_tensors_are_refused_by_name_or_written_apart(tmp_path: Path) -> N
     check(tmp_path / "out", "vllm", made)
 
 
+@pytest.mark.parametrize("tie", [False, True])
+def test_one_of_two_tied_weights_apart_is_said(tie: bool, tmp_path: Path) -> None:
+    base = base_for(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text("utf-8"))
+    (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tie}), "utf-8")
+    key = "base_model.model.model.embed_tokens.weight"
+    config = {"modules_to_save": ["embed_tokens"]}
+    made = make.peft(tmp_path / "in", extra={key: torch.full((20, 16), 2.0)}, config=config)
+    apart = tmp_path / "whole.safetensors"
+    report = convert_file(made.path, tmp_path / "out", to="vllm", base=base, full_weights=apart)
+    assert any("tie_word_embeddings" in note for note in report.notes) is tie
+
+
 def test_rows_and_biases_of_factors_are_added_to_the_base_s_own(tmp_path: Path) -> None:
     rows = torch.full((2, 16), 7.0)
     key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
