@@ -35,7 +35,7 @@ class CholeskySide:
         inner: torch.Tensor = torch.linalg.solve_triangular(self.core, vectors, upper=True)
         if self.factor.is_contiguous():
             return self.factor @ inner
-        # A turned matrix times a narrow one that is turned, too, takes BLAS many times as long as the same the other way.
+        # BLAS takes many times as long for a turned matrix times a narrow turned one as for the same the other way.
         return (inner.T @ self.factor.T).T
 
 
