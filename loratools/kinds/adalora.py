@@ -9,12 +9,12 @@ from loratools.kinds._base import (
     Factors,
     Kind,
     Shape,
-    StandIn,
     by_rows,
     first_axis,
     wide,
     with_residual,
 )
+from loratools.kinds._product import apply_of, dense_of
 from loratools.model import Module
 
 if TYPE_CHECKING:
@@ -30,16 +30,6 @@ def _factored(module: Module, base: torch.Tensor | None, rank: int | None) -> Fa
     return Factored(wide(factors["up"]), wide(factors["lora_E"]).reshape(-1, 1) * wide(factors["down"]))
 
 
-def _dense(module: Module, base: torch.Tensor | None) -> torch.Tensor:
-    up, down, _ = _factored(module, base, None)
-    return module.scale * (up @ down)
-
-
-def _apply(module: Module, x: torch.Tensor, base: StandIn) -> torch.Tensor:  # noqa: ARG001 - it adds to any base
-    up, down, _ = _factored(module, None, None)
-    return module.scale * (up @ (down @ x))
-
-
 KIND = Kind(
     name="adalora",
     title="AdaLoRA",
@@ -49,7 +39,7 @@ KIND = Kind(
     shape=_shape,
     specific=2,
     row_axes=lambda factors: by_rows(factors, up=0),
-    apply=with_residual(_apply),
-    dense=_dense,
+    apply=with_residual(apply_of(_factored)),
+    dense=dense_of(_factored),
     factored=_factored,
 )

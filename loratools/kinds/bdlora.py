@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loratools.errors import ShapeError
-from loratools.kinds._base import Factored, Factors, Kind, Shape, StandIn, by_rows, said, wide, with_residual
+from loratools.kinds._base import Factored, Factors, Kind, Shape, by_rows, said, wide, with_residual
+from loratools.kinds._product import apply_of, dense_of
 from loratools.model import Module
 
 if TYPE_CHECKING:
@@ -67,16 +68,6 @@ def _factored(module: Module, base: torch.Tensor | None, rank: int | None) -> Fa
     return Factored(up, down)
 
 
-def _dense(module: Module, base: torch.Tensor | None) -> torch.Tensor:
-    up, down, _ = _factored(module, base, None)
-    return module.scale * (up @ down)
-
-
-def _apply(module: Module, x: torch.Tensor, base: StandIn) -> torch.Tensor:  # noqa: ARG001 - it adds to any base
-    up, down, _ = _factored(module, None, None)
-    return module.scale * (up @ (down @ x))
-
-
 KIND = Kind(
     name="bdlora",
     title="BD-LoRA",
@@ -85,7 +76,7 @@ KIND = Kind(
     sized=_sized,
     specific=2,
     row_axes=lambda factors: by_rows(factors, up=0) if "up" in factors else None,
-    apply=with_residual(_apply),
-    dense=_dense,
+    apply=with_residual(apply_of(_factored)),
+    dense=dense_of(_factored),
     factored=_factored,
 )

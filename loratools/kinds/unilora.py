@@ -17,12 +17,12 @@ from loratools.kinds._base import (
     Factors,
     Kind,
     Shape,
-    StandIn,
     by_rows,
     first_axis,
     wide,
     with_residual,
 )
+from loratools.kinds._product import apply_of, dense_of
 from loratools.model import Module
 
 if TYPE_CHECKING:
@@ -58,16 +58,6 @@ def _side(module: Module, side: str) -> torch.Tensor:
     )
 
 
-def _dense(module: Module, base: torch.Tensor | None) -> torch.Tensor:
-    up, down, _ = _factored(module, base, None)
-    return module.scale * (up @ down)
-
-
-def _apply(module: Module, x: torch.Tensor, base: StandIn) -> torch.Tensor:  # noqa: ARG001 - it adds to any base
-    up, down, _ = _factored(module, None, None)
-    return module.scale * (up @ (down @ x))
-
-
 KIND = Kind(
     name="unilora",
     title="Uni-LoRA",
@@ -77,7 +67,7 @@ KIND = Kind(
     scaled=False,
     shared=("unilora_theta",),
     row_axes=lambda factors: by_rows(factors, unilora_indices_b=0, unilora_scales_b=0),
-    apply=with_residual(_apply),
-    dense=_dense,
+    apply=with_residual(apply_of(_factored)),
+    dense=dense_of(_factored),
     factored=_factored,
 )

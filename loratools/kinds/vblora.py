@@ -18,13 +18,13 @@ from loratools.kinds._base import (
     Factors,
     Kind,
     Shape,
-    StandIn,
     by_rows,
     first_axis,
     said,
     wide,
     with_residual,
 )
+from loratools.kinds._product import apply_of, dense_of
 from loratools.model import Module
 
 if TYPE_CHECKING:
@@ -74,16 +74,6 @@ def _factored(module: Module, base: torch.Tensor | None, rank: int | None) -> Fa
     return Factored(up, down)
 
 
-def _dense(module: Module, base: torch.Tensor | None) -> torch.Tensor:
-    up, down, _ = _factored(module, base, None)
-    return module.scale * (up @ down)
-
-
-def _apply(module: Module, x: torch.Tensor, base: StandIn) -> torch.Tensor:  # noqa: ARG001 - it adds to any base
-    up, down, _ = _factored(module, None, None)
-    return module.scale * (up @ (down @ x))
-
-
 KIND = Kind(
     name="vblora",
     title="VB-LoRA",
@@ -96,7 +86,7 @@ KIND = Kind(
     scaled=False,
     shared=("vblora_bank",),
     row_axes=lambda factors: by_rows(factors, vblora_logits_b=0, vblora_indices_b=0, vblora_weights_b=0),
-    apply=with_residual(_apply),
-    dense=_dense,
+    apply=with_residual(apply_of(_factored)),
+    dense=dense_of(_factored),
     factored=_factored,
 )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from loratools.errors import ShapeError, UnsupportedKindError
 from loratools.kinds._base import Factored, Kind, StandIn, first_axis, needed, said, wide, with_residual
+from loratools.kinds._product import dense_of
 from loratools.model import Module
 from loratools.tensors import LazySource, TensorRef
 
@@ -113,11 +114,6 @@ def _factored(module: Module, base: torch.Tensor | None, rank: int | None) -> Fa
     return Factored(up, down)
 
 
-def _dense(module: Module, base: torch.Tensor | None) -> torch.Tensor:
-    up, down, _ = _factored(module, base, None)
-    return module.scale * (up @ down)
-
-
 def _apply(module: Module, x: torch.Tensor, base: StandIn) -> torch.Tensor:  # noqa: ARG001 - it adds to any base
     up, down = _pair(module, len(x))
     return module.scale * (up @ (down @ x))
@@ -134,6 +130,6 @@ KIND = Kind(
     needs_base=True,
     alone=lambda module: _inputs(module) is not None,
     apply=with_residual(_apply),
-    dense=_dense,
+    dense=dense_of(_factored),
     factored=_factored,
 )

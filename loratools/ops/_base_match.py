@@ -17,6 +17,9 @@ from typing import NamedTuple
 _SILENT = frozenset(
     {"", "auto", "base", "diffusion", "fsdp", "model", "mod", "module", "orig", "transformer", "wrapped"}
 )
+_MOST_COMPARED = 500  # names; a model of many layers has thousands
+# PEFT's wrappers of several parameters of one module.
+_BASE_LAYER = ".base_layer"
 
 Fits = Callable[[str, str], bool]
 """Whether the adapter's module of this name can change the base's module of this path, by their shapes."""
@@ -245,3 +248,23 @@ def regrouped(name: str, paths: Paths) -> str:
                 if near is not None:
                     return near[1]
     return ""
+
+
+def bare(path: str) -> str:
+    """A module's path without the wrappers that PEFT nests its parameters in."""
+    while path.endswith(_BASE_LAYER):
+        path = path.removesuffix(_BASE_LAYER)
+    return path
+
+
+def near_paths(path: str, names: Iterable[str]) -> list[str]:
+    """The base's paths that are most like this one, of those with the same numbers."""
+    import difflib  # only errors need it
+
+    numbers = _numbers(path)
+    alike = [other for other in names if _numbers(other) == numbers][:_MOST_COMPARED]
+    return difflib.get_close_matches(path, alike, cutoff=0.6)
+
+
+def _numbers(path: str) -> list[str]:
+    return [word for word in path.replace(".", "_").split("_") if word.isdigit()]

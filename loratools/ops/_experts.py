@@ -18,13 +18,13 @@ from loratools.formats import _peft_config
 from loratools.io.base import Weight
 from loratools.kinds import experts
 from loratools.model import Adapter, Module
+from loratools.ops._base_match import bare
 from loratools.ops._replaced import wrapped
 from loratools.tensors import TensorRef, torch_bytes
 
 if TYPE_CHECKING:
     import torch
 
-_BASE_LAYER = ".base_layer"
 # Model types whose experts are stored as (experts, in, out) and say so to PEFT.
 TURNED = frozenset({"aria", "aria_text", "gpt_oss", "openai_privacy_filter"})
 # More parameters of one module than this are only tried in their registered order.
@@ -57,13 +57,6 @@ class Unpacked:
     def torch(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:  # noqa: ARG002 - the tensor knows
         """The tensor (experts, out, rank)."""
         return self._stacked()
-
-
-def bare(path: str) -> str:
-    """A module's path without the wrappers that PEFT nests its parameters in."""
-    while path.endswith(_BASE_LAYER):
-        path = path.removesuffix(_BASE_LAYER)
-    return path
 
 
 def parameter_of(

@@ -14,6 +14,7 @@ from loratools.io.base import Base, Weight
 from loratools.model import Adapter, Module
 from loratools.ops import _experts, _moe_base, _quantised, _replaced, _row_orders, _tied, _unplaced
 from loratools.ops._arch_of import settle
+from loratools.ops._base_match import bare
 from loratools.ops._changes import Change, Plan, Term
 from loratools.ops._network import split_key
 from loratools.ops._places import Place, Places, Shape
@@ -188,7 +189,7 @@ class _Found:
         # A path may be the parameter's own; PEFT's are those of its owner.
         key: str | None = f"{places.owner(above)}.{leaf}"
         if key not in weights:
-            owner = places.owner(_experts.bare(module.target.path))
+            owner = places.owner(bare(module.target.path))
             key = _experts.parameter_of(adapter, module, weights, owner)
         if key is None:
             self.missing.append(str(module.target))

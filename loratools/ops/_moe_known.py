@@ -15,7 +15,7 @@ from loratools.errors import NameResolutionError, ShapeError
 from loratools.formats import _peft_config
 from loratools.kinds import experts
 from loratools.model import Adapter, Module, Target
-from loratools.ops._experts import bare
+from loratools.ops._base_match import bare
 
 _TELL = "Say how many experts there are with --experts-count, or give the model with --base"
 

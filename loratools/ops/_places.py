@@ -14,7 +14,7 @@ from loratools import archs
 from loratools.io.base import Base, Weight
 from loratools.model import EMPTY, Module, Rows, Target
 from loratools.ops import _fused_rows, _unet_depth
-from loratools.ops._base_match import Paths, match
+from loratools.ops._base_match import Paths, bare, match
 from loratools.ops._base_parts import fits
 from loratools.ops._changes import Piece, Span
 from loratools.ops._identify import is_conv1d, is_projection, keeps_inputs_first
@@ -23,9 +23,6 @@ from loratools.ops._pieces import Held, dialects, held, meaning, spans
 from loratools.tensors import DTYPES
 
 Shape = tuple[int, ...]
-
-# PEFT's wrappers of several parameters of one module.
-_BASE_LAYER = ".base_layer"
 
 
 class Place(NamedTuple):
@@ -279,13 +276,6 @@ class Places:
         if whole != shape and whole == shape[::-1]:
             return may_be_turned
         return shape[0] == shape[1] and (gpt2 or module.in_first)
-
-
-def bare(path: str) -> str:
-    """A path without PEFT's wrappers of parameters."""
-    while path.endswith(_BASE_LAYER):
-        path = path.removesuffix(_BASE_LAYER)
-    return path
 
 
 def _misfit(module: Module, cut: Sequence[_Cut]) -> str:

@@ -11,11 +11,10 @@ from loratools.io.base import Base
 from loratools.model import Adapter, Target
 from loratools.ops import _no_checkpoint
 from loratools.ops._arch_of import UNKNOWN, looks_like
-from loratools.ops._base_match import Paths, regrouped
+from loratools.ops._base_match import Paths, near_paths, regrouped
 from loratools.ops._places import Places
 
 _MADE_FOR = "Give the base that the adapter was trained on"
-_MOST_COMPARED = 500
 _INPAINTING = 9  # input channels: the image, its masked twin, the mask
 
 
@@ -183,7 +182,7 @@ def _refuse_missing(adapter: Adapter, base: Base, lost: Lost, places: Callable[[
         lacking = _lacking(adapter, lost)
         if lacking:
             todo += f", or --components {','.join(lacking)} to leave out the component that it lacks"
-    near = _near(first.path, list(here.paths)) if first is not None and here is not None else []
+    near = near_paths(first.path, list(here.paths)) if first is not None and here is not None else []
     raise NameResolutionError(
         what,
         path=adapter.path or None,
@@ -242,16 +241,3 @@ def _title(adapter: Adapter) -> str:
     if adapter.arch == UNKNOWN and adapter.candidates:
         return " or ".join(table[name].title for name in adapter.candidates)
     return table[adapter.arch].title if adapter.arch in table else adapter.arch
-
-
-def _near(path: str, names: Sequence[str]) -> list[str]:
-    """The base's paths that are most like this one, of those with the same numbers."""
-    import difflib  # only errors need it
-
-    numbers = _numbers(path)
-    alike = [other for other in names if _numbers(other) == numbers][:_MOST_COMPARED]
-    return difflib.get_close_matches(path, alike, cutoff=0.6)
-
-
-def _numbers(path: str) -> list[str]:
-    return [word for word in path.replace(".", "_").split("_") if word.isdigit()]

@@ -16,14 +16,11 @@ from loratools import archs
 from loratools.errors import NameResolutionError, ShapeError, shown
 from loratools.io.base import Base
 from loratools.model import Adapter, Module, Target
-from loratools.ops._base_match import Matched, Paths, match, regrouped
+from loratools.ops._base_match import Matched, Paths, bare, match, near_paths, regrouped
 from loratools.ops._base_parts import Modules, Shape, dialects, fits, part_of
 
 # Modules of kinds that share tensors between all weights: they name the model, not a weight in it.
 _WHOLE_MODEL = ("base_model", "(whole model)")
-# PEFT's wrappers of several parameters of one module.
-_BASE_LAYER = ".base_layer"
-_MOST_COMPARED = 500
 
 
 class _Found(NamedTuple):
@@ -193,7 +190,7 @@ def _spelt(arch: archs.Arch, target: Target, part: Modules, dialect: str) -> Sha
 
 def _matched(modules: Sequence[Module], part: Modules, adapter: Adapter, base: Base) -> _Found:
     """Modules that take the base's paths."""
-    by_name = {_bare(module.target.path): module for module in modules}
+    by_name = {bare(module.target.path): module for module in modules}
     flat = all("." not in name for name in by_name)
     paths = Paths(part, flat=flat)
 
@@ -209,15 +206,9 @@ def _matched(modules: Sequence[Module], part: Modules, adapter: Adapter, base: B
     new = {
         module.target.path: result.paths[name] + module.target.path[len(name) :]
         for module in modules
-        if (name := _bare(module.target.path)) in result.paths
+        if (name := bare(module.target.path)) in result.paths
     }
     return _Found(new, result.missing, misfits)
-
-
-def _bare(path: str) -> str:
-    while path.endswith(_BASE_LAYER):
-        path = path.removesuffix(_BASE_LAYER)
-    return path
 
 
 def _misfit(module: Module, where: str, has: Shape) -> str:
@@ -251,7 +242,7 @@ def _refuse(adapter: Adapter, base: Base, found: Mapping[str, _Found], parts: Ma
             f"{len(missing)} of {len(adapter.modules)} modules are not in {base.path}",
             path=adapter.path or None,
             keys=[path for _, path in missing],
-            candidates=[] if other else _near(path, parts[component]),
+            candidates=[] if other else near_paths(path, parts[component]),
             expected=f"The base has {other}: one of them is fused, which no change of names mends"
             if other
             else "Every module was expected in it",
@@ -281,20 +272,7 @@ def _nothing(adapter: Adapter, base: Base, parts: Mapping[str, Modules]) -> Name
     return NameResolutionError(
         f"none of the {len(paths)} modules is in {base.path}{hint}",
         path=adapter.path or None,
-        candidates=_near(path, parts[component]),
+        candidates=near_paths(path, parts[component]),
         expected=f"The adapter's names are like {shown(paths, 2)}; the base's are like {shown(names, 2)}",
         todo="Give the base that the adapter was trained on",
     )
-
-
-def _near(path: str, part: Modules) -> list[str]:
-    """The base's paths that are most like this one, of those with the same numbers."""
-    import difflib  # only errors need it
-
-    numbers = _numbers(path)
-    alike = [other for other in part if _numbers(other) == numbers][:_MOST_COMPARED]
-    return difflib.get_close_matches(path, alike, cutoff=0.6)
-
-
-def _numbers(path: str) -> list[str]:
-    return [word for word in path.replace(".", "_").split("_") if word.isdigit()]
