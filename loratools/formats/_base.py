@@ -35,15 +35,17 @@ class Group:
         name: The stem without wrappers (``base_model.model.``, ``_orig_mod.``, ``.processor``).
         style: The spelling family of the suffixes.
         roles: Tensors by role.
+        in_first: Whether the name alone says that the base stores the weight as (in, out).
     """
 
-    __slots__ = ("name", "roles", "stem", "style")
+    __slots__ = ("in_first", "name", "roles", "stem", "style")
 
     def __init__(self, stem: str) -> None:
         self.stem = stem
         self.name = stem
         self.style = ""
         self.roles: dict[str, TensorRef] = {}
+        self.in_first = False
 
 
 class Facts:
@@ -210,6 +212,8 @@ class Format(NamedTuple):
         parts: Whether it names parts of fused weights where no table does.
         separator: What stands between the words of a path: ".", or "_", which cannot be told from their own.
         uniform: Whether all modules of a component are DoRA, or none.
+        one_rank: Whether it states one rank for all modules, to which the others have to be brought beforehand.
+        fields: What a program finds in it of a PEFT configuration beside what modules tell; None: all of it.
         unread: Whether readers pass over a component of an architecture, both by name, though it has a name here.
         single: Whether its names do not tell components apart, so that a file is of one.
         pickled: The variant that is written as a pickle, where it has one.
@@ -246,6 +250,8 @@ class Format(NamedTuple):
     single: bool = False
     separator: str = "."
     uniform: bool = False
+    one_rank: bool = False
+    fields: frozenset[str] | None = None
     unread: Callable[[str, str], bool] = lambda _arch, _component: False
     pickled: str = ""
     container: str = "safetensors"

@@ -33,8 +33,7 @@ _STALE = (
 )
 _HASHES = "sshs_"
 
-# What is told by the modules that are written, or announces tensors of no module.
-_OF_THE_MODULES = frozenset(
+OF_THE_MODULES = frozenset(
     (
         *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters"),
         *("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "inference_mode"),
@@ -42,6 +41,7 @@ _OF_THE_MODULES = frozenset(
         *("modules_to_save", "trainable_token_indices", "bias"),
     )
 )
+"""What of a configuration is told by the modules that are written, or announces tensors of no module."""
 
 # What a configuration says of any adapter, made without one to start from.
 _OF_ANY = {"task_type": None, "peft_type": "LORA"}
@@ -84,7 +84,7 @@ def metadata(adapter: Adapter, *, configs_apart: bool = False) -> dict[str, str]
 def _remembered(adapter: Adapter) -> dict[str, dict[str, Any]]:
     """What is kept of the configurations: what the modules will not tell again."""
     kept = {
-        component: {key: value for key, value in config.items() if key not in _OF_THE_MODULES}
+        component: {key: value for key, value in config.items() if key not in OF_THE_MODULES}
         for component, config in configs(adapter).items()
     }
     return {

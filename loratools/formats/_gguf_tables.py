@@ -100,6 +100,7 @@ class GgufArch(NamedTuple):
         names: llama.cpp's names by transformers'; where two of these mean one, the first is its usual name.
         orders: By the last word of a name of llama.cpp, in which order its rows are; transformers' where absent.
         shifted: Whether its norms are stored with one added.
+        turned: The last words of llama.cpp's names of weights that transformers stores as (in, out).
     """
 
     name: str
@@ -107,6 +108,7 @@ class GgufArch(NamedTuple):
     names: Mapping[str, str]
     orders: Mapping[str, str] = {}
     shifted: bool = False
+    turned: frozenset[str] = frozenset()
 
 
 # Queries and keys whose rows are neighbours, as llama.cpp's older graphs rotate them.
@@ -226,7 +228,12 @@ ARCHES: tuple[GgufArch, ...] = (
     GgufArch("cohere2", ("cohere2",), _decoder(_ATTENTION, _GATED, norms=_ONE_NORM, top=_TIED)),
     GgufArch("nemotron", ("nemotron",), _decoder(_ATTENTION, _NO_GATE)),
     GgufArch("starcoder2", ("starcoder2",), _decoder(_ATTENTION, _STARCODER2)),
-    GgufArch("gpt2", ("gpt2",), {**_GPT2_TOP, **_blocks("transformer.h.#.", _GPT2)}),
+    GgufArch(
+        "gpt2",
+        ("gpt2",),
+        {**_GPT2_TOP, **_blocks("transformer.h.#.", _GPT2)},
+        turned=frozenset({"attn_qkv", "attn_output", "ffn_up", "ffn_down"}),
+    ),
     GgufArch("starcoder", ("gpt_bigcode",), {**_GPT2_TOP, **_blocks("transformer.h.#.", _GPT2)}),
     GgufArch(
         "gptneox",

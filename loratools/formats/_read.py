@@ -242,7 +242,7 @@ class _Reader:
         axis = magnitude_axis(magnitude) if magnitude is not None else None
         if axis is not None and op == "embedding":
             axis = self.format.embedding_axis
-        in_first = op == "embedding" or (self.in_first and target.component not in _IMAGE)
+        in_first = op == "embedding" or found.in_first or (self.in_first and target.component not in _IMAGE)
         # Positions rather than names: this is done for every module of a file.
         module = Module(
             target,

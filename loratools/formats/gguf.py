@@ -44,6 +44,7 @@ def translate(groups: Mapping[str, Group], metadata: Mapping[str, str]) -> None:
     for found in groups.values():
         own = found.stem.removesuffix(_WEIGHT)
         found.style = "gguf"
+        found.in_first = arch is not None and own.rpartition(".")[2] in arch.turned
         found.name = (_gguf_names.understood(arch, own) if arch is not None else None) or own
         if own == _EMBEDDING and found.roles.keys() == {"up", "down"}:
             up, down = found.roles["up"], found.roles["down"]
@@ -205,5 +206,6 @@ FORMAT = Format(
     row_order=_row_order,
     read_path=_read_path,
     hosted=True,
+    fields=frozenset({"alora_invocation_tokens"}),
     experts=(GGUF,),
 )

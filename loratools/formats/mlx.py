@@ -40,6 +40,8 @@ _BACK = (
     (r"model\.(embed_in|final_layer_norm)$", r"gpt_neox.\1"),
     (r"model\.(h\.\d+\.(?:attn|mlp)\.c_\w+|wte|wpe)$", r"transformer.\1"),
 )
+# What of these only GPT-2 has, whose base stores (in, out).
+_CONV1D = re.compile(r"model\.h\.\d+\.(?:attn|mlp)\.c_\w+")
 _GPT2 = (r"transformer\.(h\.\d+\.(?:attn|mlp)\.c_\w+|wte|wpe)$", r"model.\1")
 
 
@@ -52,6 +54,7 @@ def translate(groups: Mapping[str, Group]) -> None:
     for found in groups.values():
         if found.style != "mlx":
             continue
+        found.in_first = _CONV1D.fullmatch(found.name) is not None
         found.name = _renamed(found.name, _BACK)
         if found.name.rpartition(".")[2] in _EMBEDDINGS and {"up", "down"} <= found.roles.keys():
             found.roles = {
@@ -201,6 +204,8 @@ FORMAT = Format(
     alpha="file",
     single=True,
     uniform=True,
+    one_rank=True,
+    fields=frozenset(),
     for_base=_for_base,
     embedding_axis="in",
     experts=(SWITCH,),

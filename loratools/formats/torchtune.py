@@ -109,7 +109,8 @@ def _finisher(adapter: Adapter, tensors: list[TensorRef], layout: Layout) -> Doc
             f"the {layout.name} layout has one rank for all modules, and these have {', '.join(map(str, ranks))}",
             path=adapter.path or None,
             keys=[str(module.target) for module in adapter.modules.values() if module.rank != ranks[-1]],
-            todo=f"Cut all to the lowest with `loratools resize --rank {ranks[0]}`, or choose another --to",
+            expected="One rank was expected",
+            todo="`loratools convert FILE --to torchtune` brings them to one",
         )
     alpha = next(iter(adapter.modules.values())).scale * ranks[0]
     config = {
@@ -137,6 +138,8 @@ FORMAT = Format(
     alpha="file",
     single=True,
     uniform=True,
+    one_rank=True,
+    fields=frozenset(),
     row_order=_row_order,
     read_path=_read_path,
 )

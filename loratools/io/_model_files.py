@@ -241,7 +241,9 @@ def read_json(path: str, what: str) -> object:
         if "\\u" in text:  # half of a pair of surrogates is no character, and can be written nowhere
             json.dumps(said, ensure_ascii=False).encode()
     except FileNotFoundError as error:
-        raise MissingFileError("no such file", path=path, todo="Check the path") from error
+        raise MissingFileError(
+            "no such file", path=path, expected="A JSON file was expected", todo="Check the path"
+        ) from error
     except RecursionError as error:
         raise _unread(f"{what} is nested too deeply", path) from error
     except _TwiceError as error:

@@ -206,14 +206,22 @@ def _missing(path: str) -> NoReturn:
     from difflib import get_close_matches
 
     folder, name = os.path.split(path)
+    wanted = "A file of tensors was expected"
     try:
         beside = os.listdir(folder or ".")
     except OSError:
         raise MissingFileError(
-            "no such file; its folder does not exist either", path=path, todo="Check the path"
+            "no such file; its folder does not exist either",
+            path=path,
+            expected=wanted,
+            todo="Check the path",
         ) from None
     raise MissingFileError(
-        "no such file", path=path, candidates=get_close_matches(name, beside), todo="Check the path"
+        "no such file",
+        path=path,
+        candidates=get_close_matches(name, beside),
+        expected=wanted,
+        todo="Check the path",
     ) from None
 
 

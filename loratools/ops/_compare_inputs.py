@@ -12,7 +12,7 @@ from loratools import kinds
 from loratools.errors import ArchitectureError, OptionError, UnsupportedKindError
 from loratools.io.base import Base
 from loratools.model import Adapter, Module, Target
-from loratools.ops import _experts, align, files
+from loratools.ops import _experts, _moe_base, align, files
 from loratools.ops._compare_target import is_experts, needs_base
 from loratools.ops._outputs import PathLike
 
@@ -164,7 +164,8 @@ def unpacked(adapters: Sequence[Adapter], base: Base) -> tuple[Adapter, ...]:
         NameResolutionError: Several fit.
     """
     found: list[Adapter] = []
-    for adapter in adapters:
+    for given in adapters:
+        adapter = _moe_base.for_base(given, base)
         modules = dict(_placed(adapter, module, base) for module in adapter.modules.values())
         found.append(replace(adapter, modules=modules))
     return tuple(found)

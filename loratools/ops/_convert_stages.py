@@ -18,6 +18,7 @@ from loratools.ops import (
     _moe_told,
     _normal,
     _normal_form,
+    _normal_steps,
     _normal_whole,
     _one_alpha,
     _regroup,
@@ -219,6 +220,8 @@ def fitted(ready: Ready, asked: Asked) -> Fitting:
     if demand is not None:
         seen = _moe_convert.seen(ready.adapter, regrouped)
         regrouped = _normal_form.steps(regrouped, seen, demand, form, asked.host, asked.known, store)
+    elif form.one_rank:
+        regrouped = regrouped._replace(steps=_normal_steps.at_one_rank(regrouped.steps))
     mixed = _names.mixed(ready.adapter.modules.values()) if form.uniform else frozenset()
     steps = _one_alpha.steps(regrouped.steps, store) if form.alpha == "file" else regrouped.steps
     steps = _moe_convert.packed(steps, form)

@@ -8,7 +8,7 @@ from loratools.errors import LoraError, ShapeError, shown
 from loratools.formats._group import clean
 from loratools.io.base import Base
 from loratools.ops import _doctor_mend as mend
-from loratools.ops import base_names
+from loratools.ops import _moe_base, base_names
 from loratools.ops._doctor_case import Case
 from loratools.ops.doctor_results import ERROR, WARNING, Finding, named
 
@@ -20,7 +20,9 @@ def names(case: Case) -> Iterator[Finding]:
     if case.base is None or case.adapter is None or not case.modules:
         return
     try:
-        found = base_names.against(case.adapter, case.base)
+        # What a base has in another style, experts one by one or all of a layer in one, it does not lack.
+        adapter = _moe_base.for_base(case.adapter, case.base)
+        found = base_names.against(adapter, case.base)
     except ShapeError as error:
         yield _misfits(case, error)
         return
@@ -39,14 +41,14 @@ def names(case: Case) -> Iterator[Finding]:
         return
     moved = [
         f"{before.path} is {after.path}"
-        for before, after in zip(case.adapter.modules, found.modules, strict=True)
+        for before, after in zip(adapter.modules, found.modules, strict=True)
         if before.path != after.path
     ]
     if moved:
         yield Finding(
             "other-names",
             WARNING,
-            f"{named(moved, 'module', of=len(case.modules))} in {case.given_base}",
+            f"{named(moved, 'module', of=len(adapter.modules))} in {case.given_base}",
             "Programs that look modules up by their exact names do not find them, and give the base's own output",
             command=mend.convert(case),
             keys=tuple(moved),

@@ -78,7 +78,7 @@ def beside(asked: Asked, *, drop: bool) -> Beside:
     ]
     if foreign:
         raise LayoutError(
-            f"{len(foreign)} tensors belong to no module and the {asked.layout} layout has no name for them",
+            f"{_tensors(len(foreign))} to no module and the {asked.layout} layout has no name for them",
             keys=foreign,
             todo="Leave them out with --drop extras",
         )
@@ -258,10 +258,14 @@ def _verbatim(
             differing.append(ref.name)
     if differing:
         raise LayoutError(
-            f"{len(differing)} tensors belong to no module and differ between the inputs",
+            f"{_tensors(len(differing))} to no module, with values that differ between the inputs",
             path=adapters[0].path or None,
             keys=list(dict.fromkeys(differing)),
             expected="Tensors were expected that are the same in all inputs",
             todo="Leave them out with --drop extras, or take them from one input only",
         )
     return result
+
+
+def _tensors(count: int) -> str:
+    return f"{count} tensors belong" if count > 1 else "1 tensor belongs"

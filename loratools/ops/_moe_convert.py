@@ -18,7 +18,6 @@ from loratools.ops._moe_told import About
 from loratools.ops._regroup import Regrouped, Step
 
 KEEP = "keep"
-STYLES = (KEEP, "split", "fused")
 
 
 def told(

@@ -159,12 +159,8 @@ def tied(found: Beside, host: Host) -> tuple[str, ...]:
     )
 
 
-def told(
-    ledger: Sequence[LedgerEntry], fitted: Sequence[Fitted], found: Beside, demand: Demand | None
-) -> tuple[LedgerEntry, ...]:
+def told(ledger: Sequence[LedgerEntry], fitted: Sequence[Fitted], found: Beside) -> tuple[LedgerEntry, ...]:
     """A ledger with what became of tensors beside the modules, and which factors have but zeros added."""
-    if demand is None:
-        return tuple(ledger)
     longer = {
         ref.name
         for each in fitted

@@ -73,6 +73,12 @@ def rank_of(steps: Sequence[Step], demand: Demand) -> int:
     return next((each for each in provided if each >= rank), 1 << (rank - 1).bit_length())
 
 
+def at_one_rank(steps: Sequence[Step]) -> tuple[Step, ...]:
+    """Steps whose modules have the highest rank of all, with zeros for the directions that the others lack."""
+    rank = max((step.module.rank or 0 for step in steps if step.problem is None), default=0)
+    return tuple(padded(step, rank) for step in steps)
+
+
 def padded(step: Step, rank: int) -> Step:
     """A step whose module has a rank, with zeros for the directions that it lacks."""
     module = step.module

@@ -59,7 +59,10 @@ def check_name(path: PathLike, layout: str) -> str:
     suffix = os.path.splitext(target)[1].lower()
     if form.folder and suffix in SUFFIXES:
         raise OptionError(
-            f"the {form.title} layout is a folder", path=target, todo="Give a folder's name, or another --to"
+            f"the {form.title} layout is a folder",
+            path=target,
+            expected=f"A name was expected that does not end in {suffix}",
+            todo="Give a folder's name, or another --to",
         )
     if form.container != "safetensors":
         return _of_one_kind(target, suffix, form)

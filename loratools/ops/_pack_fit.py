@@ -52,8 +52,9 @@ class Fit:
 
     def _checked(self, plan: Plan) -> tuple[list[str], list[str]]:
         """Errors and warnings."""
+        # Without a path: how the source's file is called says nothing of the one that the pack will have.
         case = Case(
-            plan.adapter.path,
+            "",
             {},
             _config(plan),
             _as_packed(plan, self._layout),

@@ -186,12 +186,14 @@ def refuse_more(adapter: Adapter) -> None:
             todo=f"Turn them into it with: loratools convert {adapter.path} --as lora -o OUT (DoRA: with --base)",
         )
     if adapter.extras:
+        count = len(adapter.extras)
         raise UnsupportedKindError(
-            f"{len(adapter.extras)} tensors belong to no module",
+            f"{count} tensors belong to no module" if count > 1 else "1 tensor belongs to no module",
             path=adapter.path,
             keys=adapter.extras,
             expected="A pack holds plain LoRA: up and down",
-            todo=f"Leave them out with: loratools convert {adapter.path} --drop extras -o OUT",
+            todo="Write them apart with: loratools convert "
+            f"{adapter.path} --to vllm --full-weights WHOLE.safetensors -o OUT",
         )
 
 

@@ -118,7 +118,7 @@ def options(
     if given or to_rank_of is None:
         kind, value, text, _ = _extract_options.rule_of(given)
     else:
-        kind, value, text = "whole", _UNLIMITED, "all that there is"
+        kind, value, text = "whole", _UNLIMITED, f"the next rank that {to_rank_of} takes"
     _extract_options.check_ranks(min_rank, max_rank, conv_rank)
     if multiple_of < 1 or multiple_of != int(multiple_of):
         raise OptionError(

@@ -20,6 +20,7 @@ from loratools.ops import (
     _ledger,
     _moe_convert,
     _moe_told,
+    _normal_config,
     _normal_form,
     _normal_whole,
     _prove,
@@ -176,14 +177,15 @@ def _converted(
     provable = _prove.provable(ready.origins, ready.conversions)
     beside = _normal_form.tied(fitting.beside, host)
     remarks = (*_remarks.remarks(kept, form, dropped, asked.drop), *_reread.notes(renamed, form), *beside)
+    lost = _normal_config.lost(adapter, document, form)
     return Converted(
         kept,
         document,
-        _normal_form.told(ledger, fitted, fitting.beside, demand),
+        _normal_form.told(ledger, fitted, fitting.beside),
         tuple(_prove.expected(fitted, provable, ready.adapter)),
         _prove.rounded(fitted, asked.store, ready.adapter.arch, provable),
         tuple(ready.conversions),
-        tuple(dict.fromkeys((*ready.adapter.notes, *fitting.notes, *remarks))),
+        tuple(dict.fromkeys((*ready.adapter.notes, *fitting.notes, *remarks, *lost))),
         host,
         ready.reordered,
         _normal_form.normal(demand, fitted, ready.origins, ready.conversions, fitting.beside),

@@ -13,7 +13,7 @@ from loratools import archs
 from loratools.archs import _families as families
 from loratools.errors import LoraError, MalformedFileError
 from loratools.formats import _carried
-from loratools.kinds import lora
+from loratools.kinds import experts, lora
 from loratools.model import EMPTY, Adapter, Module
 from loratools.ops import _initial, _metadata, _moe_known, _moe_norms, _pack_index, _split, files
 from loratools.ops.results import ComponentInfo, Info, ModuleInfo
@@ -243,6 +243,7 @@ def _module(module: Module, sigma: Any) -> ModuleInfo:
         dora,
         module.magnitude_axis,
         module.op,
+        experts=experts.count(module) if module.kind == experts.KIND.name else None,
         **from_spectrum,
     )
 

@@ -23,6 +23,8 @@ class ModuleInfo(NamedTuple):
         stable_rank: norm² / spectral_norm².
         effective_rank: exp of the entropy of the energies.
         energy: Fraction of Σσ² kept at smaller ranks, by rank.
+        experts: How many experts of a layer the factors are for, a count; None for other kinds, or where only the base
+            tells.
         dtype: The factors' store dtype.
         dora: Whether the module has a magnitude.
         magnitude_axis: "out" or "in" for a DoRA, else None.
@@ -45,6 +47,7 @@ class ModuleInfo(NamedTuple):
     stable_rank: float | None = None
     effective_rank: float | None = None
     energy: Mapping[int, float] | None = None
+    experts: int | None = None
 
 
 class ComponentInfo(NamedTuple):

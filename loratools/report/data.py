@@ -119,6 +119,7 @@ def _module(module: ModuleInfo) -> dict[str, Any]:
         "op": module.op,
         "shape": module.shape,
         "rank": module.rank,
+        "experts": module.experts,
         "alpha": module.alpha,
         "scale": module.scale,
         "norm": module.norm,

@@ -69,8 +69,11 @@ def info_text(info: Info, *, width: int, symbols: Symbols, modules: bool = False
 
 
 def kinds_text(info: Info, symbols: Symbols) -> str:
-    """``lora``, ``lora ×120, loha ×4``, with what is DoRA."""
+    """``lora``, ``lora ×120, loha ×4``, with how many experts a layer has, and what is DoRA."""
     kinds = values.counts(info.kinds, symbols) if info.kinds else ""
+    experts = sorted({module.experts for module in info.modules if module.experts is not None})
+    if experts:
+        kinds += f" ({' or '.join(map(str, experts))} experts a layer)"
     doras = sum(module.dora for module in info.modules)
     if not doras:
         return kinds

@@ -82,7 +82,9 @@ def _sizes(report: ResizeReport) -> str:
     if not report.bytes_before:
         return values.size(report.bytes)
     share = report.bytes / report.bytes_before
-    return f"{values.size(report.bytes_before)} before, {values.size(report.bytes)} now ({values.percentage(share)})"
+    # Ranks may be raised, too: a share of more than the whole is none of those that are rounded down to 100%.
+    part = values.percentage(share) if share <= 1.0 else f"{share:.0%}"
+    return f"{values.size(report.bytes_before)} before, {values.size(report.bytes)} now ({part})"
 
 
 def _ranks(found: Iterable[int | None]) -> Counter[int]:

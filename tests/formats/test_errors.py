@@ -189,6 +189,15 @@ def test_a_missing_path(name: str, tmp_path: Path) -> None:
     assert str(tmp_path / name) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["nothing.safetensors", "nowhere/nothing.safetensors"])
+def test_a_missing_file_is_told_in_four_parts(name: str, tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match="no such file") as caught:
+        lt.io.open_tensors(tmp_path / name)
+    error = caught.value
+    assert (error.path, error.expected) == (str(tmp_path / name), "A file of tensors was expected")
+    assert error.todo
+
+
 def test_an_empty_folder_and_a_crowded_one(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match="no adapter"):
         lt.load(tmp_path)
@@ -254,8 +263,10 @@ def test_a_file_may_be_written_over_itself(tmp_path: Path) -> None:
 
 def test_peft_wants_a_folder_and_the_others_a_safetensors_file(tmp_path: Path) -> None:
     kohya, peft = make.kohya(tmp_path / "a.safetensors"), make.peft(tmp_path / "a")
-    with pytest.raises(OptionError, match="folder"):
+    with pytest.raises(OptionError, match="the PEFT layout is a folder") as caught:
         lt.save(lt.load(peft.path), tmp_path / "b.safetensors")
+    assert caught.value.expected == "A name was expected that does not end in .safetensors"
+    assert caught.value.todo
     with pytest.raises(LayoutError, match=r"\.ckpt"):
         lt.save(lt.load(kohya.path), tmp_path / "b.ckpt")
 

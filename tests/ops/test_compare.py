@@ -473,6 +473,36 @@ def test_two_ways_to_nest_experts_name_the_same_parameters(shared: Path, tmp_pat
     assert report.adapters[1].missing == (f"model.{OWNER}.gate_up_proj",)
 
 
+def one_by_one(base: Path, path: Path) -> Path:
+    """The base with every expert's weights in tensors of their own, as Mixtral's checkpoints have them."""
+    tensors: dict[str, torch.Tensor] = {}
+    with open_tensors(base / "model.safetensors") as fused:
+        for key, ref in fused.tensors.items():
+            owner, _, leaf = key.rpartition(".")
+            single = owner.replace("mlp.experts", "block_sparse_moe.experts")
+            for number, weight in enumerate(ref.load() if leaf in {"gate_up_proj", "down_proj"} else ()):
+                gate, up = weight.chunk(2) if leaf == "gate_up_proj" else (weight, weight)
+                parts = {"w1": gate, "w3": up} if leaf == "gate_up_proj" else {"w2": weight}
+                tensors |= {f"{single}.{number}.{name}.weight": each.clone() for name, each in parts.items()}
+            if leaf not in {"gate_up_proj", "down_proj"}:
+                tensors[key] = ref.load().clone()
+    path.mkdir()
+    make.write_safetensors(path / "model.safetensors", tensors, None)
+    (path / "config.json").write_bytes((base / "config.json").read_bytes())
+    return path
+
+
+def test_packed_experts_find_a_base_that_has_them_one_by_one(shared: Path, tmp_path: Path):
+    case = shared / "oracle" / "peft_bake__mixtral_target_parameters" / "input"
+    adapter = lt.load(case / "adapter")
+    split = one_by_one(case / "base", tmp_path / "base")
+    assert lt.doctor(case / "adapter", base=split).ok
+    report = compare([adapter, adapter], base=split)
+    fused = compare([adapter, adapter], base=case / "base")
+    assert report.adapters[0].norm == pytest.approx(fused.adapters[0].norm, rel=1e-9)
+    assert report.pairs[0].verdict == "same"
+
+
 def test_adapters_that_change_nothing_are_named(pair):
     report = compare([pair[0].path, pair[0].path, pair[1].path], weights=[0.0, 1.0, 0.0])
     assert report.cosines == ((None, None, None), (None, 1.0, None), (None, None, None))

@@ -409,11 +409,128 @@ def test_invocation_tokens_travel(tmp_path: Path) -> None:
         assert lt.load(tmp_path / name).config["alora_invocation_tokens"] == [5, 6]
 
 
-def test_modules_alone_are_held_of_a_torchtune_file_with_one_rank(tmp_path: Path) -> None:
-    given_ = peft_of(tmp_path / "peft", ranks={"mlp.down_proj": 5})
-    with pytest.raises(LayoutError, match="one rank for all modules"):
-        convert.convert(lt.load(given_), "torchtune", base=base_of(tmp_path / "base"))
-    assert formats.get("torchtune").uniform
+def test_torchtune_gets_one_rank_by_zeros_alone(tmp_path: Path) -> None:
+    given_ = peft_of(tmp_path / "peft", ranks={"mlp.down_proj": 5}, alpha_pattern={"down_proj": 10})
+    base = base_of(tmp_path / "base")
+    report = convert.convert_file(given_, tmp_path / "tune", to="torchtune", base=base)
+    # 6 / 3 and 10 / 5 are one scale: nothing is left to be folded.
+    assert report.fates == {"moved": 2, "padded": 6}
+    said = json.loads((tmp_path / "tune" / "adapter_config.json").read_text())
+    assert (said["r"], said["lora_alpha"]) == (5, 10)
+    found = load_file(tmp_path / "tune" / "adapter_0.safetensors")
+    before = load_file(given_ / "adapter_model.safetensors")
+    stem = "base_model.model.model.layers.0.self_attn.v_proj"
+    down, up = (found[f"layers.0.attn.v_proj.lora_{side}.weight"] for side in "ab")
+    assert torch.equal(down[:3], before[f"{stem}.lora_A.weight"])
+    assert not down[3:].any()
+    assert torch.equal(up[:, :3], before[f"{stem}.lora_B.weight"])
+    assert not up[:, 3:].any()
+
+
+def test_torchtune_gets_one_scale_beside_one_rank(tmp_path: Path) -> None:
+    given_ = peft_of(
+        tmp_path / "peft", ranks={"mlp.down_proj": 5}, alpha_pattern={"down_proj": 7, "k_proj": 1}
+    )
+    base = base_of(tmp_path / "base")
+    convert.convert_file(given_, tmp_path / "tune", to="torchtune", base=base)
+    convert.convert_file(tmp_path / "tune", tmp_path / "back", to="peft", base=base)
+    before, after = lt.load(given_), lt.load(tmp_path / "back")
+    assert {module.rank for module in after.modules.values()} == {5}
+    make.assert_close(make.deltas_of(after), make.deltas_of(before), 1e-6)
+
+
+def test_modules_of_several_ranks_are_no_torchtune_file(tmp_path: Path) -> None:
+    adapter = lt.load(peft_of(tmp_path / "peft", ranks={"mlp.down_proj": 5}))
+    form = formats.get("torchtune")
+    with pytest.raises(LayoutError, match="one rank for all modules, and these have 3, 5") as caught:
+        formats.document(adapter, convert.files.layout_of(form, "safetensors"), form)
+    assert caught.value.expected
+    assert "convert FILE --to torchtune" in caught.value.todo
+
+
+STRANGE = {"strange": 0, "my_field": "x", "init_lora_weights": "gaussian"}
+NAMED = "3 fields of adapter_config.json have no place there: init_lora_weights, my_field, strange"
+UNSET = {
+    "init_lora_weights": True,
+    "megatron_core": "megatron.core",
+    "qalora_group_size": 16,
+    "eva_config": None,
+    "loftq_config": {},
+    "base_model_name_or_path": "some/model",
+    "peft_version": "0.21.2",
+    "use_rslora": False,
+    "lora_dropout": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+    ("to", "kept"),
+    [
+        ("gguf", True),
+        ("llama.cpp", True),
+        ("torchtune", True),
+        ("mlx", True),
+        ("vllm", False),
+        ("sglang", False),
+    ],
+)
+def test_fields_without_a_place_are_named(to: str, kept: bool, tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base")
+    adapter = lt.load(peft_of(tmp_path / "peft", **{**UNSET, **STRANGE}))
+    found = convert.convert(adapter, to, base=base)
+    (note,) = (each for each in found.notes if "adapter_config.json" in each)
+    assert note == NAMED + ("; the header keeps what it says" if kept else "")
+    held = json.loads(found.document.metadata.get("loratools.adapter_config", "{}"))
+    assert [STRANGE.items() <= each.items() for each in held.values()] == [True] * kept
+    one = convert.convert(lt.load(peft_of(tmp_path / "one", strange=None)), to, base=base)
+    assert any("1 field of adapter_config.json has no place there: strange" in each for each in one.notes)
+
+
+@pytest.mark.parametrize("to", ["gguf", "torchtune", "mlx", "vllm", "peft"])
+def test_what_peft_writes_of_itself_is_not_named(to: str, tmp_path: Path) -> None:
+    given_ = peft_of(tmp_path / "peft", **UNSET)
+    found = convert.convert(lt.load(given_), to, base=base_of(tmp_path / "base"))
+    assert not any("adapter_config.json" in note for note in found.notes)
+
+
+def test_peft_keeps_every_field(tmp_path: Path) -> None:
+    found = convert.convert(lt.load(peft_of(tmp_path / "peft", **STRANGE)), "peft", dtype="float16")
+    assert found.document.config is not None
+    assert STRANGE.items() <= found.document.config.items()
+    assert not any("no place" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("to", ["gguf", "mlx"])
+def test_gpt2_is_known_by_its_names_to_store_inputs_first(to: str, tmp_path: Path) -> None:
+    shapes = {"attn.c_attn": (36, 12), "mlp.c_proj": (12, 48)}
+    tensors = {}
+    for name, (out, width) in shapes.items():
+        stem = f"base_model.model.transformer.h.0.{name}"
+        tensors |= {
+            f"{stem}.lora_A.weight": torch.randn(3, width),
+            f"{stem}.lora_B.weight": torch.randn(out, 3),
+        }
+    given_ = tmp_path / "peft"
+    given_.mkdir()
+    save_file(tensors, given_ / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": [*shapes], "fan_in_fan_out": True}
+    (given_ / "adapter_config.json").write_text(json.dumps(said))
+    base, there = base_of(tmp_path / "base", "gpt2"), tmp_path / ("x.gguf" if to == "gguf" else "x")
+    convert.convert_file(given_, there, to=to, base=base)
+    adapter = lt.load(there)
+    assert [module.in_first for module in adapter.modules.values()] == [True, True]
+    convert.convert_file(there, tmp_path / "back", to="peft", base=base)
+    assert lt.load(tmp_path / "back").config["fan_in_fan_out"] is True
+    # Written anew, it has the names that it came with.
+    anew = convert.convert(adapter, to, dtype="float16", base=base).document.tensors
+    assert {ref.name for ref in anew} == set(adapter.order)
+
+
+@pytest.mark.parametrize("layout", ["gguf", "mlx"])
+def test_other_models_do_not_store_inputs_first(layout: str, tmp_path: Path) -> None:
+    there = tmp_path / ("x.gguf" if layout == "gguf" else "x")
+    convert.convert_file(peft_of(tmp_path / "peft"), there, to=layout, base=base_of(tmp_path / "base"))
+    assert not any(module.in_first for module in lt.load(there).modules.values())
 
 
 def test_stacked_experts_are_read_and_written(tmp_path: Path) -> None:
@@ -428,6 +545,9 @@ def test_stacked_experts_are_read_and_written(tmp_path: Path) -> None:
     io.write_gguf(tmp_path / "x.gguf", refs, metadata)
     adapter = lt.load(tmp_path / "x.gguf")
     assert {(module.kind, module.scale) for module in adapter.modules.values()} == {("experts", 3.0)}
+    told = json.loads(invoke("info", tmp_path / "x.gguf", "--json").stdout)
+    assert [module["experts"] for module in told["modules"]] == [3, 3]
+    assert "experts (3 experts a layer)" in invoke("info", tmp_path / "x.gguf").stdout
     assert [target.path for target in adapter.modules] == [
         f"model.layers.0.mlp.experts.{name}_proj" for name in ("gate", "up")
     ]

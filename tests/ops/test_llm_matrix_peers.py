@@ -172,14 +172,7 @@ def alike(found: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=3e-5)
 
 
-# torchtune has one rank for all modules.
-WAYS = [
-    (name, part, to)
-    for name, model in MODELS.items()
-    for part in _parts(model)
-    for to in model.layouts
-    if (part, to) != ("patterns", "torchtune")
-]
+WAYS = [(name, part, to) for name, model in MODELS.items() for part in _parts(model) for to in model.layouts]
 
 
 @pytest.mark.parametrize(("name", "part", "to"), WAYS, ids=["-".join(way) for way in WAYS])

@@ -184,7 +184,8 @@ def test_what_does_not_fit_is_refused_by_name_or_listed(tmp_path):
     nan = make.peft(folder / "nan", seed=4)
     key = next(iter(nan.tensors))
     make.write_safetensors(nan.file, {**nan.tensors, key: nan.tensors[key] * float("nan")}, {})
-    with pytest.raises(OptionError, match="5 of 7 inputs do not fit"):
+    make.peft(folder / "whole", seed=6, extra={"base_model.model.lm_head.weight": torch.ones(20, 16)})
+    with pytest.raises(OptionError, match="6 of 8 inputs do not fit"):
         lt.pack([folder], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     report = lt.pack([folder], tmp_path / "out", skip_unfit=True)
@@ -196,6 +197,7 @@ def test_what_does_not_fit_is_refused_by_name_or_listed(tmp_path):
         "broken": "plain text, not tensors",
         "plain": "not a LoRA",
         "nan": "NaN or Inf",
+        "whole": "1 tensor belongs to no module",
     }.items():
         assert cause in causes[name]
 
@@ -215,6 +217,13 @@ def test_a_program_decides_what_fits(tmp_path):
         assert lt.doctor(tmp_path / "out" / entry.path, runtime="sglang").ok
     with pytest.raises(OptionError, match="3 of 3 inputs do not fit"):
         lt.pack([folder], tmp_path / "limited", runtime="vllm", max_rank=2, skip_unfit=True)
+
+
+def test_how_a_source_file_is_called_is_no_matter_to_the_program(tmp_path):
+    make.mlx(tmp_path / "lib" / "apple")
+    report = lt.pack([tmp_path / "lib"], tmp_path / "out", runtime="vllm")
+    assert [each.name for each in report.adapters] == ["apple"]
+    assert lt.doctor(tmp_path / "out" / report.adapters[0].path, runtime="vllm").ok
 
 
 def test_ranks_above_all_buckets_are_refused(tmp_path):

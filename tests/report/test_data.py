@@ -52,6 +52,7 @@ def test_the_promised_fields_are_there():
     assert found["components"]["denoiser"].keys() >= {"modules", "ranks", "norm"}
     assert found["components"]["text_encoder_2"]["ranks"] == {"4": 72}
     assert found["modules"][0]["shape"] == [1280, 2048]
+    assert found["modules"][0]["experts"] is None
     assert found["error"] is None
 
 

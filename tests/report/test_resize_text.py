@@ -68,6 +68,12 @@ def test_what_is_kept_is_weighed_by_norms():
     assert REPORT._replace(modules=MODULES[2:3]).error == 0.0
 
 
+def test_a_file_that_grows_is_more_than_the_whole():
+    assert "10.0 MB before, 13.3 MB now (133%)" in shown(
+        REPORT._replace(bytes_before=10_000_000, bytes=13_300_000)
+    )
+
+
 def test_a_dry_run_says_so():
     text = shown(dry_run=True)
     assert "would write" in text
