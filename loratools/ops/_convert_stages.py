@@ -240,12 +240,17 @@ def fitted(ready: Ready, asked: Asked) -> Fitting:
 
 
 def against(adapter: Adapter, base: Base | None) -> Adapter:
-    """The adapter under the base's own names; its tensors keep the keys that they have in the file."""
+    """The adapter under the base's own names; its tensors keep the keys that they have in the file.
+
+    Raises:
+        LoraError: The base is of another sort.
+    """
     if base is None:
         return adapter
     from loratools.ops import base_names
 
     special, others = _moe_convert.apart(adapter)
+    _moe_convert.refuse_without(special, base)
     if not others.modules and special.modules:
         return adapter
     found = base_names.against(others, base)

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from loratools.archs import _experts as names
 from loratools.archs._experts import FUSED
+from loratools.errors import NameResolutionError
 from loratools.formats import Format
-from loratools.io.base import config_of
+from loratools.io.base import Base, config_of
 from loratools.kinds import experts
 from loratools.model import Adapter, Module
 from loratools.ops import _moe, _moe_known, _moe_parts, _moe_told
@@ -18,6 +19,8 @@ from loratools.ops._moe_told import About
 from loratools.ops._regroup import Regrouped, Step
 
 KEEP = "keep"
+# One of these is in the names of experts, whatever the family.
+_CALLED = ("expert", "moe", "switch_mlp")
 
 
 def told(
@@ -55,6 +58,27 @@ def apart(adapter: Adapter) -> tuple[Adapter, Adapter]:
     chosen = {target: module for target, module in adapter.modules.items() if names.is_experts(target.path)}
     rest = {target: module for target, module in adapter.modules.items() if target not in chosen}
     return replace(adapter, modules=chosen), replace(adapter, modules=rest)
+
+
+def refuse_without(special: Adapter, base: Base) -> None:
+    """Refuse modules of experts for a base in which nothing is called like one.
+
+    How a base stores its experts, and whether this one is their own, the other stages find out; a base of which only
+    the configuration is there says nothing of its names.
+
+    Raises:
+        NameResolutionError: It is a model of another sort.
+    """
+    keys = [key for part in base.parts.values() for key in part]
+    if not keys or not special.modules or any(word in key.lower() for key in keys for word in _CALLED):
+        return
+    raise NameResolutionError(
+        f"{len(special.modules)} modules are of experts, and {base.path} has none",
+        path=special.path or None,
+        keys=[ref.name for module in special.modules.values() for _, ref in module.tensors() if ref.name],
+        expected="A mixture of experts was expected",
+        todo="Give the base that the adapter was trained on",
+    )
 
 
 def styled(regrouped: Regrouped, form: Format, asked: str, about: About, *, open_up: bool) -> Regrouped:

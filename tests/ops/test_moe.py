@@ -291,6 +291,26 @@ def test_what_nothing_tells_is_asked_for(tmp_path: Path) -> None:
     assert module.shape == (5, 2 * MIDDLE, HIDDEN)
 
 
+def test_a_base_without_experts_is_not_theirs(tmp_path: Path) -> None:
+    given = folder(tmp_path / "given", single("mixtral", every(2)))
+    model = base(tmp_path / "model", "llama")
+    # A configuration alone says nothing of the names.
+    convert_file(given, tmp_path / "out", to="vllm", base=model)
+    stored = {
+        BLOCK + "mlp.up_proj.weight": torch.zeros(MIDDLE, HIDDEN),
+        "lm_head.weight": torch.zeros(5, HIDDEN),
+    }
+    save_file(stored, model / "model.safetensors")
+    with pytest.raises(NameResolutionError, match="6 modules are of experts") as caught:
+        convert_file(given, tmp_path / "again", to="vllm", base=model)
+    assert any("experts.0" in key for key in caught.value.keys)
+    assert not (tmp_path / "again").exists()
+    save_file(
+        {**stored, BLOCK + "mlp.experts.gate_up_proj": torch.zeros(2, 8, 6)}, model / "model.safetensors"
+    )
+    convert_file(given, tmp_path / "again", to="vllm", base=model)
+
+
 def test_models_are_known_by_their_published_names() -> None:
     found = {
         name: family.name if (family := names.of_model_name(name)) is not None else ""
