@@ -24,22 +24,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
-from loratools.maths.lowrank import Factors, compress
-from loratools.maths.spectra_ops import full_size_note, reduced_aligned
 from loratools.methods._base import DENSITY, LAMBDA, RANK, SEED, Method, Options, Outcome, Part
-from loratools.methods._elementwise import dropped, merged_whole, total
+from loratools.methods._core_space import merged_cores
+from loratools.methods._elementwise import dropped, total
 
 
 def _combine(parts: Sequence[Part], options: Options) -> Outcome:
-    factors = [part.factors for part in parts]
-    space = reduced_aligned(factors, [part.multiplier for part in parts])
-    merged = merged_whole(space.parts, parts, options, dropped, total)
-    identity = torch.eye(merged.shape[1], dtype=merged.dtype, device=merged.device)
-    compressed = compress(Factors(merged, identity), options.rank)
-    expanded = space.expanded(compressed.factors)
-    return Outcome(expanded, compressed.energy, compressed.square, full_size_note(factors))
+    return merged_cores(parts, options, dropped, total)
 
 
 METHOD = Method(

@@ -25,23 +25,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from loratools.maths.elect import elected_mean
-from loratools.maths.lowrank import Factors, compress
-from loratools.maths.spectra_ops import full_size_note, reduced_aligned
 from loratools.methods._base import DENSITY, LAMBDA, RANK, Method, Options, Outcome, Part
-from loratools.methods._elementwise import merged_whole, trimmed
+from loratools.methods._core_space import merged_cores
+from loratools.methods._elementwise import trimmed
 
 
 def _combine(parts: Sequence[Part], options: Options) -> Outcome:
-    factors = [part.factors for part in parts]
-    space = reduced_aligned(factors, [part.multiplier for part in parts])
-    merged = merged_whole(space.parts, parts, options, trimmed, elected_mean)
-    identity = torch.eye(merged.shape[1], dtype=merged.dtype, device=merged.device)
-    compressed = compress(Factors(merged, identity), options.rank)
-    expanded = space.expanded(compressed.factors)
-    return Outcome(expanded, compressed.energy, compressed.square, full_size_note(factors))
+    return merged_cores(parts, options, trimmed, elected_mean)
 
 
 METHOD = Method(

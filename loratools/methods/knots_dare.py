@@ -24,19 +24,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from loratools.maths.knots import knots
-from loratools.maths.lowrank import Factors, compress
-from loratools.maths.spectra_ops import full_size_note
 from loratools.methods._base import DENSITY, LAMBDA, RANK, SEED, Method, Options, Outcome, Part
-from loratools.methods._elementwise import dropped, merged_whole, total
+from loratools.methods._core_space import merged_knots
+from loratools.methods._elementwise import dropped, total
 
 
 def _combine(parts: Sequence[Part], options: Options) -> Outcome:
-    factors = [part.factors for part in parts]
-    tied = knots(factors, [part.multiplier for part in parts])
-    merged = merged_whole(tied.parts, parts, options, dropped, total)
-    compressed = compress(Factors(tied.basis, merged), options.rank)
-    return Outcome(compressed.factors, compressed.energy, compressed.square, full_size_note(factors))
+    return merged_knots(parts, options, dropped, total)
 
 
 METHOD = Method(

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratools.ops.results import ComponentInfo, ConvertReport, Info, ModuleInfo
+
+if TYPE_CHECKING:
+    from loratools.ops.merge_results import MergedGroup
+    from loratools.ops.resize_results import ResizedGroup
 
 
 def dumps(value: Any) -> str:
@@ -130,4 +134,18 @@ def _module(module: ModuleInfo) -> dict[str, Any]:
         "dtype": module.dtype,
         "dora": module.dora,
         "magnitude_axis": module.magnitude_axis,
+    }
+
+
+def components_json(groups: Mapping[str, MergedGroup | ResizedGroup]) -> dict[str, Any]:
+    """By component, the ranks of its modules before and after, and what was kept of them."""
+    return {
+        name: {
+            "modules": len(own.modules),
+            "rank_before": [each.before for each in own.modules],
+            "rank": [each.rank for each in own.modules],
+            "energy": own.energy,
+            "error": own.error,
+        }
+        for name, own in groups.items()
     }

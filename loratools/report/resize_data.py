@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from loratools.report.data import strict
+from loratools.report.data import components_json, strict
 
 if TYPE_CHECKING:
     from loratools.ops.resize_results import ResizeReport
@@ -21,23 +21,13 @@ def resize_json(report: ResizeReport, *, dry_run: bool = False) -> dict[str, Any
         report: What the resize did.
         dry_run: Whether nothing was written; ``bytes`` is then what would have been.
     """
-    components = {
-        name: {
-            "modules": len(own.modules),
-            "rank_before": [each.before for each in own.modules],
-            "rank": [each.rank for each in own.modules],
-            "energy": own.energy,
-            "error": own.error,
-        }
-        for name, own in report.components().items()
-    }
     found: dict[str, Any] = strict(
         {
             **report._asdict(),
             "dry_run": dry_run,
             "energy": report.energy,
             "error": report.error,
-            "components": components,
+            "components": components_json(report.components()),
             "modules": [module._asdict() for module in report.modules],
         }
     )
