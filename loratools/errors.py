@@ -2,6 +2,8 @@
 
 A message has four parts: where (file: key), what is wrong with the values, what was expected, what to do.
 Each class has a built-in second base, so that a caller may catch either.
+
+Messages repeat names from files that nobody vouches for: :func:`visible` is what keeps them from steering a terminal.
 """
 
 from __future__ import annotations
@@ -10,6 +12,10 @@ import os
 from collections.abc import Iterable, Sequence
 
 _SHOWN = 5
+_SPACES = frozenset(
+    "\N{NO-BREAK SPACE}\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
+)
+_JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
 
 
 class LoraError(Exception):
@@ -111,10 +117,36 @@ class WriteError(LoraError, OSError):
     """The output could not be written; nothing was left behind."""
 
 
+class EngineError(LoraError, RuntimeError):
+    """Where work was sent, it cannot be done: a device or Ray is not there, or a worker is not as this machine is."""
+
+
 def shown(names: Sequence[str], limit: int = _SHOWN) -> str:
     """The first names, and the count of the others."""
     head = ", ".join(names[:limit])
     return head if len(names) <= limit else f"{head} and {len(names) - limit} more"
+
+
+def visible(text: object) -> str:
+    r"""Text from a file, on one line and harmless to a terminal: what steers or hides is shown as an escape.
+
+    Control characters, line breaks, overrides of the direction, lone surrogates (bytes of a file's name that are no
+    text), and whatever else has no shape become ``\x1b``, ``\n``, ``\u202e``, ``\ud800``. Everything else stays, a
+    backslash too, so that text which is made visible twice is the same.
+    """
+    found = str(text)
+    if found.isprintable():
+        return found
+    return "".join(
+        char if char.isprintable() or char in _SPACES or _joins(found, index) else repr(char)[1:-1]
+        for index, char in enumerate(found)
+    )
+
+
+def _joins(text: str, index: int) -> bool:
+    """Whether a joiner is where scripts and emoji have one: between two characters that are not ASCII."""
+    around = text[max(0, index - 1) : index + 2 : 2]
+    return text[index] in _JOINERS and len(around) == 2 and not any(map(str.isascii, around))
 
 
 def _message(
@@ -135,4 +167,4 @@ def _message(
         parts.append(f"Did you mean: {shown(candidates)}?")
     if todo:
         parts.append(todo.rstrip(".") + ".")
-    return " ".join(parts)
+    return visible(" ".join(parts))

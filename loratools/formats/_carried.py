@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from loratools.errors import MalformedFileError
+from loratools.io import json_text
 from loratools.model import Adapter
 from loratools.tensors import TensorRef
 
@@ -124,7 +125,7 @@ def parsed(text: str) -> Mapping[str, Mapping[str, Any]]:
     if not text:
         return {}
     try:
-        found = json.loads(text)
+        found = json_text.loads(text)
     except ValueError as error:
         raise MalformedFileError(f"the header's {CONFIGS} is not JSON: {error}") from None
     if not isinstance(found, dict) or not all(isinstance(config, dict) for config in found.values()):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from loratools import archs
 from loratools.formats import _carried
 from loratools.formats._base import Document
-from loratools.io import header
+from loratools.io import header, json_text
 from loratools.model import Adapter, Layout, Module
 from loratools.tensors import TensorRef
 
@@ -107,7 +107,7 @@ def _number(value: float) -> str:
 def _network(modules: Sequence[Module], metadata: dict[str, str]) -> None:
     """The program that the file is one of, and its arguments as far as the tensors tell them."""
     try:
-        stated = json.loads(metadata.get("ss_network_args", "{}"))
+        stated = json_text.loads(metadata.get("ss_network_args", "{}"))
     except ValueError:
         stated = {}
     arguments = stated if isinstance(stated, dict) else {}

@@ -11,6 +11,7 @@ from loratools.formats import _peft_config, _peft_methods
 from loratools.formats._base import Facts
 from loratools.formats._group import clean
 from loratools.formats._patterns import pattern as compiled
+from loratools.io.json_text import brief
 from loratools.model import Adapter, Module
 
 _FILE = "adapter_config.json"
@@ -33,6 +34,14 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def _is_names_or_pattern(value: object) -> bool:
+    return isinstance(value, str) or _is_names(value)
+
+
 # What ΔW depends on: the field, what it has to be, and how that is called.
 _FIELDS: tuple[tuple[str, Callable[[object], bool], str], ...] = (
     ("r", _is_whole, "a whole number"),
@@ -42,8 +51,18 @@ _FIELDS: tuple[tuple[str, Callable[[object], bool], str], ...] = (
     ("fan_in_fan_out", lambda value: isinstance(value, bool), "true or false"),
     ("rank_pattern", lambda value: _is_mapping_of(value, _is_whole), "an object of whole numbers by pattern"),
     ("alpha_pattern", lambda value: _is_mapping_of(value, _is_number), "an object of numbers by pattern"),
-    ("target_modules", lambda value: isinstance(value, str | list), "a list of names, or a pattern"),
-    ("target_parameters", lambda value: isinstance(value, list), "a list of names"),
+    ("target_modules", _is_names_or_pattern, "a list of names, or a pattern"),
+    ("target_parameters", _is_names, "a list of names"),
+)
+# What is looked into whatever the method: its fields of these names are of these types, or nobody's.
+_ANY: tuple[tuple[str, Callable[[object], bool], str], ...] = (
+    ("peft_type", lambda value: isinstance(value, str), "the name of a method"),
+    ("base_model_name_or_path", lambda value: isinstance(value, str), "a name"),
+    ("rank_pattern", lambda value: isinstance(value, Mapping), "an object by pattern"),
+    ("alpha_pattern", lambda value: isinstance(value, Mapping), "an object by pattern"),
+    ("target_modules", _is_names_or_pattern, "a list of names, or a pattern"),
+    ("modules_to_save", _is_names, "a list of names"),
+    ("lora_parameters", lambda value: isinstance(value, Mapping), "an object"),
 )
 
 
@@ -52,27 +71,26 @@ def _is_mapping_of(value: object, test: Callable[[object], bool]) -> bool:
 
 
 def refuse_malformed(config: Mapping[str, Any], path: str) -> None:
-    """Refuse a configuration of LoRA in which a field that ΔW depends on is of another type than PEFT writes.
+    """Refuse a configuration in which a field that is looked into is of another type than PEFT and mlx-lm write.
 
     Args:
-        config: A LoraConfig as a mapping.
+        config: adapter_config.json; of LoRA's, all that ΔW depends on is looked at.
         path: The weights beside it, for the message.
 
     Raises:
         MalformedFileError: It is such; all such fields are named with their values.
     """
-    if str(config.get("peft_type", "")).upper() != "LORA":
-        return
+    of_lora = str(config.get("peft_type", "")).upper() == "LORA"
     wrong = {
         field: (config[field], meant)
-        for field, test, meant in _FIELDS
+        for field, test, meant in (*_ANY, *(_FIELDS if of_lora else ()))
         if config.get(field) is not None and not test(config[field])
     }
     if wrong:
         field, (value, meant) = next(iter(wrong.items()))
         more = f" (and {len(wrong) - 1} other fields)" if len(wrong) > 1 else ""
         raise MalformedFileError(
-            f"{field} of {_FILE} is {value!r}{more}",
+            f"{field} of {_FILE} is {brief(value)}{more}",
             path=path or None,
             keys=wrong,
             expected=f"For {field}, {meant} was expected",
@@ -158,8 +176,8 @@ def _uncompiled(config: Mapping[str, Any]) -> Iterator[str]:
             compiled(str(pattern))
         except re.error as error:
             yield (
-                f"{field} of {_FILE} has {pattern!r}, which is no regular expression ({error}): PEFT stops at it; it "
-                "is taken for a plain name here"
+                f"{field} of {_FILE} has {brief(pattern)}, which is no regular expression ({error}): PEFT stops at "
+                "it; it is taken for a plain name here"
             )
 
 

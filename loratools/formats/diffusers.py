@@ -18,6 +18,7 @@ from loratools.errors import MalformedFileError
 from loratools.formats import _carried, _names, _peft_config, _spell, _suffixes
 from loratools.formats._base import Document, Facts, Format, Group, Scale, cannot_hold
 from loratools.formats._names import Naming
+from loratools.io import json_text
 from loratools.model import Adapter, Layout, Module
 from loratools.tensors import TensorRef
 
@@ -95,7 +96,7 @@ def _scaler(group: Group, component: str, rank: int, facts: Facts) -> Scale:
 def _configs(text: str) -> Mapping[str, Mapping[str, Any]]:
     """The header's configurations by component prefix; "" for one without a prefix."""
     try:
-        flat = json.loads(text)
+        flat = json_text.loads(text)
     except ValueError as error:
         raise MalformedFileError(f"the header's {_HEADER} is not JSON: {error}") from None
     if not isinstance(flat, dict):

@@ -20,6 +20,7 @@ from loratools.formats._base import Document, Facts, Format, Group, Scale, canno
 from loratools.formats._gguf_names import ARCHITECTURE
 from loratools.formats._gguf_tables import GgufArch
 from loratools.formats._group import PEFT
+from loratools.io import json_text
 from loratools.model import Adapter, Layout, Module
 from loratools.tensors import TensorRef
 
@@ -174,7 +175,7 @@ def said(adapter: Adapter) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        tokens = json.loads(text)
+        tokens = json_text.loads(text)
     except ValueError:
         tokens = None
     if not isinstance(tokens, list):

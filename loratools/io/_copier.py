@@ -5,47 +5,42 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from itertools import groupby
-from operator import attrgetter
-from typing import NamedTuple
 
 from loratools.errors import WriteError
-from loratools.io.regions import copy_range
+from loratools.io import pieces
+from loratools.io._file_log import FileLog
+from loratools.io.pieces import Piece
 
 _SYNCED = 64 << 20  # bytes that are worth a call to bring them to the disk
-_SYNC: Callable[[int], None] | None = getattr(os, "fdatasync", None)  # on Linux
+_SECONDS = 1.0  # after which what was noted is brought there, however little it is
+# On Linux; elsewhere a call brings more to the disk than the data, and is made for the journal alone.
+_SYNC: Callable[[int], None] | None = getattr(os, "fdatasync", None)
 
 
-class Range(NamedTuple):
-    """Bytes of a file, and their place in another.
+def sync_data(file: int) -> None:
+    """Have the data of an open file on the disk; its size was there before.
 
-    Attributes:
-        path: The file they are in.
-        start: Offset of the first.
-        stop: Offset behind the last.
-        at: Offset of the first in the output.
+    Raises:
+        OSError: The system refuses.
     """
-
-    path: str
-    start: int
-    stop: int
-    at: int
+    (_SYNC or os.fsync)(file)
 
 
 class Syncer:
     """Brings a growing file to the disk while it is written, so that little is left for the end.
 
-    The kernel itself begins only after seconds, or at gigabytes. Only where there is fdatasync.
+    The kernel itself begins only after seconds, or at gigabytes. What was noted of the file is recorded behind it.
     """
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, log: FileLog | None = None) -> None:
         # Its own descriptor, for a call may outlast the output's. Errors are told once to both: they are kept here.
         self._target = os.dup(target)
+        self._log = log
         self._waiting = 0
         self._stopped = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="loratools-sync", daemon=True)
-        self.error: OSError | None = None
+        self.error: Exception | None = None
         self._thread.start()
 
     def wrote(self, count: int) -> None:
@@ -66,38 +61,53 @@ class Syncer:
     def _run(self) -> None:
         try:
             while self._some():
-                if _SYNC is not None:
-                    _SYNC(self._target)
-        except OSError as error:
+                noted = [] if self._log is None else self._log.taken()
+                if noted or _SYNC is not None:
+                    sync_data(self._target)
+                if self._log is not None:
+                    self._log.record(noted)
+        except Exception as error:
             self.error = error
         finally:
             os.close(self._target)
 
     def _some(self) -> bool:
-        """Wait for enough bytes; false once there is nothing more to do."""
+        """Wait for enough bytes, or for what was noted to grow old; false once there is nothing more to do."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or self._waiting >= _SYNCED)
+            while not self._stopped and self._waiting < _SYNCED:
+                told = self._changed.wait(_SECONDS)
+                if not told and self._log is not None and self._log.waits:
+                    break
             self._waiting = 0
             return not self._stopped
 
 
 class Copier:
-    """Copies ranges of files into an open one, in a thread."""
+    """Copies pieces of files into an open one, in a thread."""
 
-    def __init__(self, target: int, ranges: Sequence[Range], wrote: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        target: int,
+        chosen: Sequence[Piece],
+        wrote: Callable[[int], None],
+        log: FileLog | None = None,
+    ) -> None:
         """Begin.
 
         Args:
             target: The output's descriptor.
-            ranges: What to copy.
+            chosen: What to copy.
             wrote: Called from the thread after each chunk, with its size in bytes.
+            log: Of the output: what it knows of is compared, and what is copied is noted there.
         """
         self._target = target
-        self._ranges = ranges
+        self._pieces = chosen
         self._wrote = wrote
+        self._log = log
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="loratools-copy", daemon=True)
         self.error: Exception | None = None
+        self.taken: list[int] = []  # the sizes of pieces that were there, in bytes
         self._thread.start()
 
     def wait(self, seconds: float) -> bool:
@@ -112,14 +122,22 @@ class Copier:
 
     def _run(self) -> None:
         try:
-            for path, ranges in groupby(self._ranges, key=attrgetter("path")):
-                with open(path, "rb", buffering=0) as source:
-                    for _, start, stop, at in ranges:
-                        copy_range(source.fileno(), self._target, start, stop, at, path=path, step=self._step)
+            for piece in self._pieces:
+                self._bring(piece)
         except _StoppedError:
             self.error = WriteError("the writing was given up", expected="What was written is not whole")
         except Exception as error:
             self.error = error  # raised to whoever writes next, or waits
+
+    def _bring(self, piece: Piece) -> None:
+        log = self._log
+        if log is not None and (log.cloned or piece.name in log.known):
+            if not pieces.restore(piece, self._target, self._step):
+                self.taken.append(piece.size)
+        else:
+            pieces.copy(piece, self._target, self._step)
+        if log is not None and log.recording:
+            log.note(piece.name, None)
 
     def _step(self, count: int) -> None:
         self._wrote(count)
@@ -129,31 +147,3 @@ class Copier:
 
 class _StoppedError(Exception):
     """The caller wants no more."""
-
-
-def gaps(path: str, size: int, taken: Sequence[tuple[int, int]]) -> list[Range]:
-    """What of a file lies in none of the ranges ``taken``, (start, stop) in any order, to stay where it is."""
-    found = []
-    at = 0
-    for start, stop in sorted(taken):
-        if start > at:
-            found.append(Range(path, at, start, at))
-        at = max(at, stop)
-    if at < size:
-        found.append(Range(path, at, size, at))
-    return found
-
-
-def joined(ranges: Sequence[Range]) -> list[Range]:
-    """The same with those made one that follow each other in both files, and empty ones left out."""
-    found: list[Range] = []
-    for item in ranges:
-        if item.start == item.stop:
-            continue
-        if found:
-            last = found[-1]
-            if (item.path, item.start, item.at) == (last.path, last.stop, last.at + last.stop - last.start):
-                found[-1] = last._replace(stop=item.stop)
-                continue
-        found.append(item)
-    return found

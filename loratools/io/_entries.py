@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from loratools.errors import MalformedFileError
+from loratools.io.json_text import brief
 from loratools.tensors import DTYPES
 
 AGAIN = "Download the file again, or ask its author to save it again"
@@ -81,11 +82,11 @@ def _regular(value: Any) -> Entry | None:
 
 def _entry(value: Any) -> Entry:
     if type(value) is not dict or value.keys() != _FIELDS:
-        has = sorted(value) if isinstance(value, dict) else type(value).__name__
+        has = brief(sorted(value)) if isinstance(value, dict) else type(value).__name__
         raise _BrokenEntryError(f"its fields are {has}, not {sorted(_FIELDS)}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if type(dtype) is not str or dtype not in DTYPES:
-        raise _BrokenEntryError(f"unknown dtype {dtype!r}")
+        raise _BrokenEntryError(f"unknown dtype {brief(dtype)}")
     if type(shape) is not list:
         raise _BrokenEntryError(f"shape {_short(shape)} is not a list of whole numbers")
     if len(shape) > _MOST_DIMS:
@@ -106,7 +107,7 @@ def _entry(value: Any) -> Entry:
     bits = 0 if 0 in shape else span * DTYPES[dtype].bits
     if bits != 8 * (stop - start):
         raise _BrokenEntryError(
-            f"{dtype} of shape {shape} takes {bits / 8:,g} bytes, but its data_offsets span {stop - start:,}"
+            f"{dtype} of shape {_short(shape)} takes {bits / 8:,g} bytes, but its data_offsets span {stop - start:,}"
         )
     return Entry(dtype, tuple(shape), start, stop)
 
@@ -158,8 +159,12 @@ def check_cover(entries: Mapping[str, Entry], length: int, path: str) -> None:
 
 
 def _short(value: object) -> str:
+    """A value as the header spells it, of at most a line."""
     try:
         text = json.dumps(value)
-    except ValueError:  # an integer of more digits than Python prints
-        return "(numbers too long to show)"
+    except (
+        ValueError,
+        RecursionError,
+    ):  # an integer of more digits than Python prints, lists in lists in lists
+        return brief(value)
     return text if len(text) <= 80 else text[:77] + "..."

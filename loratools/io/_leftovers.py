@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 
 from loratools.errors import LoraError
+from loratools.io import storage
 from loratools.io._model_files import PIPELINE, STEMS, SUFFIXES, is_index, listed, read_json
 
 # Weights of other programs and frameworks, beside those that are read here.
@@ -57,7 +58,7 @@ def superseded(folder: str, written: Collection[str]) -> tuple[str, ...]:
 
 def _weights(folder: str, place: str) -> Iterator[str]:
     """The weights and indices of a library's own name in one folder."""
-    path = os.path.join(folder, place)
+    path = storage.below(folder, place) if place else folder
     for name in listed(path) if os.path.isdir(path) else ():
         stem = _NUMBER.sub("", name.partition(".")[0])
         if stem in STEMS and (name.endswith(SUFFIXES) or is_index(name)):

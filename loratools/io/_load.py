@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from loratools.errors import MalformedFileError, ReadError
+from loratools.errors import LoraError, MalformedFileError, ReadError
+from loratools.io import storage
 from loratools.io.mapped import TensorFile
 from loratools.io.reader import open_tensors
 from loratools.io.regions import read_at
@@ -98,6 +98,8 @@ def _read(weight: Weight, at: int, shape: tuple[int, ...], room: Room | None = N
     data = torch.empty(size, dtype=torch.uint8) if room is None else room.of(size)
     try:
         read_at(weight.file, at, data.numpy().data)
+    except LoraError:
+        raise
     except OSError as error:
         raise _unreadable(weight, error) from error
     return data.view(kind).reshape(shape)
@@ -106,10 +108,10 @@ def _read(weight: Weight, at: int, shape: tuple[int, ...], room: Room | None = N
 def _from_file(weight: Weight) -> torch.Tensor:
     """A tensor whose bytes do not lie in its file as they are."""
     try:
-        state = os.stat(weight.file)
+        tag = storage.tag(weight.file)
     except OSError as error:
         raise _unreadable(weight, error) from error
-    opened = _opened(weight.file, state.st_size, state.st_mtime_ns)
+    opened = _opened(weight.file, tag)
     if weight.key not in opened.tensors:
         raise ReadError(
             "the file has changed: a tensor is gone",
@@ -130,6 +132,6 @@ def _unreadable(weight: Weight, error: OSError) -> ReadError:
 
 
 @lru_cache(maxsize=1)
-def _opened(path: str, size: int, changed: int) -> TensorFile:  # noqa: ARG001 - a changed file is another
+def _opened(path: str, tag: str) -> TensorFile:  # noqa: ARG001 - a changed file is another
     """A file that has to be opened as a whole, which takes long: kept until another is asked for."""
     return open_tensors(path)

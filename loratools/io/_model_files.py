@@ -6,12 +6,13 @@ stands before ``.json``) and diffusers' model folders, with one subfolder per ne
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from loratools.errors import MalformedFileError, MissingFileError, ReadError
+from loratools.errors import LoraError, MalformedFileError, MissingFileError, ReadError
+from loratools.io import json_text, storage, unchanged
+from loratools.io.links import refuse_leaving
 
 INDEX = ".index.json"
 CONFIG = "config.json"
@@ -49,27 +50,36 @@ def listed(folder: str) -> list[str]:
         ReadError: It cannot be read.
     """
     try:
-        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+        return sorted(name for name in storage.names(folder) if not name.startswith("."))
+    except LoraError:
+        raise
     except OSError as error:
         raise ReadError(
             f"cannot be read: {error.strerror}", path=folder, todo="Check its permissions"
         ) from error
 
 
-def part_of(folder: str, names: Collection[str]) -> Part | None:
+def part_of(folder: str, names: Collection[str], whole: str = "") -> Part | None:
     """The weights that lie in a folder itself, or None where it has none.
+
+    Args:
+        folder: The folder.
+        names: Of what is in it.
+        whole: The model's folder, where this is one in it.
 
     Raises:
         MissingFileError: Files of which none is the model, or not all shards.
         MalformedFileError: An index that is damaged or unsafe.
     """
     indices = [name for name in names if is_index(name)]
-    files = [name for name in names if name.endswith(SUFFIXES) and os.path.isfile(os.path.join(folder, name))]
+    files = [
+        name for name in names if name.endswith(SUFFIXES) and storage.is_file(storage.below(folder, name))
+    ]
     if not indices and not files:
         return None
     best = min((*indices, *files), key=_preference)
     if best in indices:
-        return sharded(folder, best)
+        return sharded(folder, best, whole)
     if len(files) > 1 and _stem(best) not in STEMS:
         raise MissingFileError(
             f"the folder holds {len(files)} files of weights and no index",
@@ -80,24 +90,30 @@ def part_of(folder: str, names: Collection[str]) -> Part | None:
     if _shards_told(best) > 1:
         raise MissingFileError(
             f"one of {_shards_told(best)} shards, without an index",
-            path=os.path.join(folder, best),
+            path=storage.below(folder, best),
             expected=NEEDED,
             todo="Download the index and the other shards into the same folder",
         )
+    refuse_leaving(storage.below(folder, best), whole or folder)
     return Part((best,))
 
 
-def sharded(folder: str, index: str) -> Part:
+def sharded(folder: str, index: str, whole: str = "") -> Part:
     """The shards that an index names, all of them there.
+
+    Args:
+        folder: Of the index.
+        index: Its name.
+        whole: The model's folder, where the index is in one within it.
 
     Raises:
         MissingFileError: Some are not.
-        MalformedFileError: The index is damaged, or names files elsewhere.
+        MalformedFileError: The index is damaged, or names files elsewhere, or links to such.
     """
-    path = os.path.join(folder, index)
+    path = storage.below(folder, index)
     said: dict[str, str] = read_index(path)["weight_map"]
     files = tuple(dict.fromkeys(said.values()))
-    missing = sorted(name for name in files if not os.path.isfile(os.path.join(folder, name)))
+    missing = sorted(name for name in files if not storage.is_file(storage.below(folder, name)))
     if missing:
         raise MissingFileError(
             f"{len(missing)} of {len(files)} shards are missing",
@@ -105,6 +121,8 @@ def sharded(folder: str, index: str) -> Part:
             keys=missing,
             todo="Download them into the same folder",
         )
+    for name in (index, *files):
+        refuse_leaving(storage.below(folder, name), whole or folder)
     return Part(files, index, said)
 
 
@@ -162,15 +180,21 @@ def true_index(
     return {**said, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def read_config(folder: str, name: str = CONFIG) -> dict[str, Any]:
+def read_config(folder: str, name: str = CONFIG, *, whole: str = "") -> dict[str, Any]:
     """The content of a folder's config.json, or of another configuration in it; empty where it has none.
 
+    Args:
+        folder: The folder.
+        name: Of the configuration.
+        whole: The model's folder, where this is one in it.
+
     Raises:
-        MalformedFileError: It is not a JSON object.
+        MalformedFileError: It is not a JSON object, or a link that leaves the folder.
     """
-    path = os.path.join(folder, name)
-    if not os.path.isfile(path):
+    path = storage.below(folder, name)
+    if not storage.is_file(path):
         return {}
+    refuse_leaving(path, whole or folder)
     said = read_json(path, "the configuration")
     if not isinstance(said, dict):
         raise MalformedFileError(
@@ -186,18 +210,30 @@ def beside(folder: str, own: Collection[str]) -> tuple[str, ...]:
     """All files of a folder but its ``own``, by their path relative to it, with "/" between names.
 
     Hidden ones, as a download's cache, are left out; links are followed.
+
+    Raises:
+        MalformedFileError: A link leaves the folder.
     """
-    return tuple(sorted(name for name in _walk(folder, "", ()) if name not in own))
+    found = _elsewhere(folder) if storage.is_url(folder) else _walk(folder, "", ())
+    return tuple(sorted(name for name in found if name not in own))
+
+
+def _elsewhere(folder: str) -> Iterator[str]:
+    for name in storage.tree(folder):
+        if not any(part.startswith(".") for part in name.split("/")):
+            yield name
 
 
 def _walk(folder: str, under: str, above: tuple[str, ...]) -> Iterator[str]:
-    path = os.path.join(folder, under) if under else folder
+    path = storage.below(folder, under) if under else folder
     real = os.path.realpath(path)
     if real in above:  # a link to a folder that it lies in
         return
     for name in listed(path):
         inner = f"{under}/{name}" if under else name
-        place = os.path.join(folder, inner)
+        place = storage.below(folder, inner)
+        if os.path.exists(place):
+            refuse_leaving(place, folder)
         if os.path.isdir(place):
             yield from _walk(folder, inner, (*above, real))
         elif os.path.isfile(place):
@@ -234,38 +270,18 @@ def read_json(path: str, what: str) -> object:
         MissingFileError: There is no such file.
         MalformedFileError: It cannot be read.
     """
+    unchanged.note(path)
     try:
-        with open(path, encoding="utf-8") as stream:
-            text = stream.read()
-        said: object = json.loads(text, object_pairs_hook=_once)
-        if "\\u" in text:  # half of a pair of surrogates is no character, and can be written nowhere
-            json.dumps(said, ensure_ascii=False).encode()
+        said: object = json_text.loads(storage.read_all(path, storage.TEXT).decode("utf-8"))
+    except LoraError:
+        raise
     except FileNotFoundError as error:
         raise MissingFileError(
             "no such file", path=path, expected="A JSON file was expected", todo="Check the path"
         ) from error
-    except RecursionError as error:
-        raise _unread(f"{what} is nested too deeply", path) from error
-    except _TwiceError as error:
-        raise _unread(
-            f"{what} states {error.args[0]!r} more than once, with different values", path
-        ) from error
     except (ValueError, OSError) as error:
         raise _unread(f"{what} cannot be read: {error}", path) from error
     return said
-
-
-class _TwiceError(ValueError):
-    """A name that an object has twice; readers disagree about which of two counts."""
-
-
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found: dict[str, object] = {}
-    for name, value in pairs:
-        if name in found and found[name] != value:
-            raise _TwiceError(name)
-        found[name] = value
-    return found
 
 
 def _unread(problem: str, path: str) -> MalformedFileError:

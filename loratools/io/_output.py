@@ -6,44 +6,27 @@ import os
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import NamedTuple
 
-from loratools.errors import ConversionError, NameResolutionError, ShapeError, WriteError
-from loratools.io._copier import Copier, Range, Syncer
-from loratools.io.regions import Buffer, clone_file, preallocate, write_at
+from loratools.errors import NameResolutionError, ShapeError, WriteError
+from loratools.io._copier import Copier, Syncer, sync_data
+from loratools.io._layout import Layout, Slot, holds
+from loratools.io.pieces import Range
+from loratools.io.regions import Buffer, write_at
 
 _TICK = 0.1  # seconds between two looks at the progress
 
 
-class Slot(NamedTuple):
-    """Where a tensor goes: from ``start`` to ``stop`` in the output."""
-
-    start: int
-    stop: int
-
-
-class Output:
-    """A file that comes into being: its first bytes, ranges of other files, and tensors that are put.
-
-    Attributes:
-        path: The file.
-        total: Its size in bytes.
-    """
+class Output(Layout):
+    """A file that comes into being: its first bytes, ranges of other files, and tensors that are put."""
 
     def __init__(
         self, path: str, size: int, slots: Mapping[str, Slot], ranges: Sequence[Range], head: bytes
     ) -> None:
-        self.path = path
-        self.total = size
-        self._slots = slots
-        self._ranges = ranges
-        self._head = head
-        self._whole = ""  # a file of which all ranges stay where they are: the two may share blocks
-        self._tied = False  # whether tensors may share their bytes, and what is put has to be compared
-        self._crcs: dict[tuple[int, int], int] = {}
+        super().__init__(path, size, slots, ranges, head)
         self._missing = {*slots}
+        self._kept: list[int] = []  # sizes of tensors that were there
         self._done = 0
         self._target = -1
         self._writing = 0  # calls that are using the descriptor
@@ -56,6 +39,20 @@ class Output:
         """Bytes of the output that are written, of ``total``."""
         return min(self._done, self.total)
 
+    @property
+    def taken(self) -> int:
+        """How many tensors and pieces an interrupted run had written, which were found to be there."""
+        return len(self._sizes_taken)
+
+    @property
+    def taken_bytes(self) -> int:
+        """Their size."""
+        return sum(self._sizes_taken)
+
+    @property
+    def _sizes_taken(self) -> list[int]:
+        return self._kept + (self._copier.taken if self._copier is not None else [])
+
     def start(self) -> None:
         """Make room, and begin to copy in the background.
 
@@ -64,29 +61,59 @@ class Output:
             OSError: The output cannot be written, or the disk is too full for it.
         """
         try:
-            self._check_source()
-            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
-            self._target = os.open(self.path, flags, 0o666)
-            cloned = bool(self._whole) and clone_file(self._whole, self.path)
-            if not cloned:
-                preallocate(self._target, self.total)
-            self._syncer = Syncer(self._target)
-            if self._head:
-                write_at(self._target, 0, self._head)
-                self._wrote(len(self._head))
+            self._target, cloned = self._opened()
+            self._syncer = Syncer(self._target, self.log)
+            self._wrote(len(self._head))
             if cloned:
-                self._wrote(sum(item.stop - item.start for item in self._ranges))
-            self._copier = Copier(self._target, () if cloned else self._ranges, self._wrote)
+                self._wrote(sum(piece.size for piece in self.pieces))
+            self._copier = Copier(self._target, () if cloned else self.pieces, self._wrote, self.log)
         except BaseException:
             self.abort()
             raise
 
-    def put(self, key: str, data: Buffer) -> None:
+    @property
+    def recording(self) -> bool:
+        """Whether what is done now is worth a record."""
+        return self.log is not None and self.log.recording
+
+    def note(self, task: str, value: object) -> None:
+        """Have it recorded that a task is done, as soon as what it has put is on the disk."""
+        if self.log is not None:
+            self.log.note(task, value)
+
+    def holds(self, keys: Sequence[str], sums: Sequence[str]) -> bool:
+        """Whether tensors of these checksums lie at their places."""
+        with self._using() as target:
+            return holds(target, [self.slots[key] for key in keys], sums)
+
+    def keep(self, keys: Sequence[str], crcs: Sequence[int]) -> None:
+        """Take tensors for put that an interrupted run has written.
+
+        Args:
+            keys: Which.
+            crcs: The CRC-32 of each, where the file is ``summed``.
+
+        Raises:
+            NameResolutionError: One was not announced, or was put before.
+            ConversionError: One shares its bytes with another, and differs from it.
+        """
+        for number, key in enumerate(keys):
+            slot = self._claimed(key)
+            if self.summed:
+                self._agree(key, crcs[number])
+            with self._lock:
+                self._done += slot.stop - slot.start
+                self._kept.append(slot.stop - slot.start)
+
+    def put(self, key: str, data: Buffer) -> int:
         """Write a tensor at its place; threads may do so at once.
 
         Args:
             key: One of those that were announced, and each of them once.
             data: Its bytes: little-endian, contiguous, of its size in the output.
+
+        Returns:
+            Its CRC-32 where the file is ``summed``, else 0.
 
         Raises:
             NameResolutionError: It was not announced, or was put before.
@@ -104,11 +131,13 @@ class Output:
                 path=self.path,
                 expected=f"Its place in the file holds {slot.stop - slot.start:,}",
             )
-        if self._tied and view:
-            self._note(key, slot, zlib.crc32(view))
+        crc = zlib.crc32(view) if self.summed else 0
+        if self.summed:
+            self._agree(key, crc)
         with self._using() as target:
             write_at(target, slot.start, view)
         self._wrote(len(view))
+        return crc
 
     def finish(self, progress: Callable[[int], None] | None = None) -> None:
         """Wait for the copying, and have all of it on the disk.
@@ -134,6 +163,8 @@ class Output:
                     self._syncer.stop(wait=True)
                 self._check_background()
                 os.fsync(target)
+                if self.log is not None:
+                    self.log.record(self.log.taken())
             if progress is not None:
                 progress(self.progress)
         finally:
@@ -144,13 +175,14 @@ class Output:
         if self._copier is not None:
             self._copier.stop()
         if self._syncer is not None:
-            self._syncer.stop(wait=False)
+            self._syncer.stop(wait=self.log is not None and self.log.kept)
         with self._lock:
             target, self._target = self._target, -1
             self._lock.wait_for(
                 lambda: not self._writing
             )  # the number may be another file's as soon as it is closed
             if target >= 0:
+                self._last_records(target)
                 os.close(target)
 
     def __enter__(self) -> Output:
@@ -165,11 +197,13 @@ class Output:
     ) -> None:
         self.abort()
 
-    def _check_source(self) -> None:
-        """Refuse a source that changed since its header was read."""
-
-    def _complete(self, target: int) -> None:
-        """Put right what depends on all the data."""
+    def _last_records(self, target: int) -> None:
+        """Where the run is to be resumed, have what was noted in its journal."""
+        if self.log is not None and self.log.kept and self.log.waits:
+            noted = self.log.taken()
+            with suppress(OSError):  # a full disk must not hide why
+                sync_data(target)
+                self.log.record(noted)
 
     @contextmanager
     def _using(self) -> Iterator[int]:
@@ -199,29 +233,17 @@ class Output:
         with self._lock:
             if key not in self._missing:
                 raise NameResolutionError(
-                    f"tensor {key} was put before"
-                    if key in self._slots
-                    else f"no tensor {key} was announced",
+                    f"tensor {key} was put before" if key in self.slots else f"no tensor {key} was announced",
                     path=self.path,
                     expected=f"{len(self._missing)} tensors are to be put, each of them once",
                 )
             self._missing.remove(key)
-            return self._slots[key]
-
-    def _note(self, key: str, slot: Slot, crc: int) -> None:
-        with self._lock:
-            if self._crcs.setdefault(slot, crc) != crc:
-                raise ConversionError(
-                    f"tensor {key} shares its bytes with another and would become different from it",
-                    path=self.path,
-                    expected="Tied tensors change together",
-                    todo="Write safetensors, where each has its own",
-                )
+            return self.slots[key]
 
     def _check_complete(self) -> None:
         if self._missing:
             raise WriteError(
-                f"{len(self._missing)} of {len(self._slots)} tensors were not computed",
+                f"{len(self._missing)} of {len(self.slots)} tensors were not computed",
                 path=self.path,
                 keys=sorted(self._missing),
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import zipfile
 import zlib
@@ -11,6 +12,12 @@ from loratools.errors import MalformedFileError
 from loratools.io.mapped import damaged
 
 _CHUNK = 1 << 20
+_LOCAL_HEADER = 30  # bytes before a member's name
+_PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_MOST_RATIO = 1032  # what deflate can make of a byte: https://zlib.net/zlib_tech.html
+# An adapter's zeros may be packed as tightly, but hardly a gigabyte of them: beyond it, factors that were trained.
+_INFLATED = 1 << 30
+_RATIO = 100
 # What zipfile and zlib raise for damaged, encrypted and exotic archives.
 _FAILURES = (
     zipfile.BadZipFile,
@@ -35,6 +42,11 @@ def open_archive(path: str) -> zipfile.ZipFile:
         archive = zipfile.ZipFile(path)
     except _FAILURES as error:
         raise damaged(path, error, "the zip archive") from error
+    try:
+        _refuse_bombs(archive, path)
+    except BaseException:
+        archive.close()
+        raise
     twice = [name for name, count in Counter(archive.namelist()).items() if count > 1]
     if twice:
         archive.close()
@@ -45,6 +57,44 @@ def open_archive(path: str) -> zipfile.ZipFile:
             expected="Each occurs once",
         )
     return archive
+
+
+def _refuse_bombs(archive: zipfile.ZipFile, path: str) -> None:
+    """Refuse an archive that becomes far more than it is, or that nobody's packer writes.
+
+    Raises:
+        MalformedFileError: Members lie over one another or outside the file, are compressed otherwise than by
+            deflate, as numpy and zip programs do it, or inflate beyond measure.
+    """
+    size = os.path.getsize(path)
+    end = 0
+    for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
+        start, end = end, info.header_offset + _LOCAL_HEADER + info.compress_size
+        if info.header_offset < start or end > size:
+            raise _bomb(path, info.filename, "lies over another, or outside the file")
+        if info.compress_type not in _PACKED:
+            raise _bomb(
+                path, info.filename, f"is compressed in a way that is not read ({info.compress_type})"
+            )
+        if info.compress_type == zipfile.ZIP_STORED and info.file_size != info.compress_size:
+            raise _bomb(path, info.filename, "is not compressed, and has two sizes")
+        if info.file_size > _MOST_RATIO * (info.compress_size + 1):
+            raise _bomb(
+                path, info.filename, f"would inflate from {info.compress_size:,} to {info.file_size:,} bytes"
+            )
+    inflated = sum(info.file_size for info in archive.infolist())
+    if inflated > max(_INFLATED, _RATIO * size):
+        raise _bomb(path, "", f"would inflate from {size:,} to {inflated:,} bytes")
+
+
+def _bomb(path: str, name: str, how: str) -> MalformedFileError:
+    return MalformedFileError(
+        f"{'a member of the' if name else 'the'} zip archive {how}",
+        path=path,
+        keys=[name] if name else (),
+        expected="An archive as torch.save or numpy writes it was expected",
+        todo="Do not use it, and get it again from where you trust it",
+    )
 
 
 def read_member(archive: zipfile.ZipFile, name: str, path: str, most: int = -1) -> bytes:

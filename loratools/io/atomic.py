@@ -9,16 +9,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loratools.errors import LoraError, OutputExistsError, WriteError
-
-_SHOWN_NAME = 40  # characters of the name that a temporary name repeats: 255 bytes have to do for all of it
+from loratools.io import unchanged
+from loratools.io._lodging import half_made
 
 
 @contextmanager
 def atomic_output(path: str | os.PathLike[str], overwrite: bool, needed: int | None = None) -> Iterator[Path]:
-    """A temporary file in the folder of ``path``, empty, to be filled; it takes the name ``path`` at the end.
+    """A temporary file beside ``path``, empty, to be filled; it takes the name ``path`` at the end.
 
     On any failure, an interrupt included, the temporary file is removed and an old ``path`` is untouched. A
-    killed process leaves the old file too, and a hidden temporary file. A symbolic link is written through.
+    killed process leaves the old file too, and a hidden folder with the temporary one, which the next that writes
+    the same output removes. A symbolic link is written through.
     The output may be a file that is being read: on POSIX a map keeps the old content; Windows refuses while
     the file is open.
 
@@ -28,23 +29,19 @@ def atomic_output(path: str | os.PathLike[str], overwrite: bool, needed: int | N
         needed: The output's size in bytes where it is known, for the message when the disk is full.
 
     Raises:
-        OutputExistsError: The output is there, and ``overwrite`` is false.
+        OutputExistsError: The output is there, and ``overwrite`` is false; or another process is writing it.
         WriteError: The output is a folder or a device, its folder is missing, or the system refuses.
     """
     target = Path(os.path.realpath(path))
-    _check_target(target, overwrite)
-    temporary = _temporary(target)
-    try:
-        with _write_errors(target, needed):
-            # Made here rather than by tempfile, whose files no one else may read whatever the umask says.
-            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-            yield temporary
-            sync(temporary)
-            _check_target(target, overwrite)
-            os.replace(temporary, target)
-    finally:
-        with suppress(OSError):  # gone under its new name; a read-only file system refuses even that
-            temporary.unlink()
+    check_file(target, overwrite)
+    with _write_errors(target, needed), half_made(target) as temporary:
+        # Made here rather than by tempfile, whose files no one else may read whatever the umask says.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        yield temporary
+        sync(temporary)
+        check_file(target, overwrite)
+        unchanged.check()
+        unchanged.rename(temporary, target)
     sync_folder(target.parent)
 
 
@@ -64,39 +61,30 @@ def atomic_folder(
         replaced: Names of files that go once the new ones are in place, unless they are among them.
 
     Raises:
-        OutputExistsError: The folder holds files, and ``overwrite`` is false.
+        OutputExistsError: The folder holds files, and ``overwrite`` is false; or another process is writing it.
         WriteError: The output is a file, its parent is missing, or the system refuses.
     """
     target = Path(os.path.realpath(path))
     check_folder(target, overwrite)
-    temporary = _temporary(target)
-    try:
-        with _write_errors(target, None):
-            temporary.mkdir()
-            with _named_as(temporary, target):
-                yield temporary
-            files = sorted(file for file in temporary.rglob("*") if file.is_file())
-            for file in files:
-                sync(file)
-            check_folder(target, overwrite)
-            with suppress(OSError):  # only an empty folder can be removed, and need not be kept
-                target.rmdir()
-            if target.exists():
-                replace_files(files, temporary, target)
-                for name in replaced:
-                    if temporary / name not in files:
-                        (target / name).unlink(missing_ok=True)
-            else:
-                os.replace(temporary, target)
-    finally:
-        import shutil
-
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _write_errors(target, None), half_made(target) as temporary:
+        temporary.mkdir()
+        with _named_as(temporary, target):
+            yield temporary
+        files = sorted(file for file in temporary.rglob("*") if file.is_file())
+        for file in files:
+            sync(file)
+        check_folder(target, overwrite)
+        unchanged.check()
+        with suppress(OSError):  # only an empty folder can be removed, and need not be kept
+            target.rmdir()
+        if target.exists():
+            replace_files(files, temporary, target)
+            for name in replaced:
+                if temporary / name not in files:
+                    (target / name).unlink(missing_ok=True)
+        else:
+            unchanged.rename(temporary, target)
     sync_folder(target.parent)
-
-
-def _temporary(target: Path) -> Path:
-    return target.with_name(f".{target.name[:_SHOWN_NAME]}.{os.urandom(6).hex()}.part")
 
 
 def replace_files(files: list[Path], source: Path, target: Path) -> None:
@@ -104,7 +92,7 @@ def replace_files(files: list[Path], source: Path, target: Path) -> None:
     for file in sorted(files, key=lambda file: (file.suffix == ".json", file)):
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(file, place)
+        unchanged.rename(file, place)
     sync_folder(target)
 
 
@@ -121,7 +109,8 @@ def _named_as(temporary: Path, target: Path) -> Iterator[None]:
         raise WriteError(problem, path=path, expected=error.expected, todo=error.todo) from error
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_file(target: Path, overwrite: bool) -> None:
+    """Refuse a file that cannot be written, or one that exists unless it may be overwritten."""
     mode = _mode(target)
     if mode is None:
         _check_parent(target)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from loratools.errors import MalformedFileError, MissingFileError
+from loratools.io import storage
 from loratools.io._load import load, load_rows
 from loratools.io._model_files import (
     CONFIG,
@@ -127,13 +128,13 @@ def keys_of(path: str | os.PathLike[str]) -> Base:
             files elsewhere, or a container is not read (GGUF).
         LoraError: A file cannot be read.
     """
-    given = os.fspath(path)
-    folder, name = os.path.split(given)
-    if os.path.isdir(given):
+    given = storage.pinned(path)
+    folder, name = os.path.split(given.rstrip("/") if storage.is_url(given) else given)
+    if storage.is_dir(given):
         return _model(given, given, _parts(given))
     if is_index(name):
         return _model(given, folder or os.curdir, {"": sharded(folder, name)})
-    if name.endswith(".json") and os.path.isfile(given):
+    if name.endswith(".json") and storage.is_file(given):
         raise MissingFileError(
             "a configuration, which names no weights",
             path=given,
@@ -154,12 +155,12 @@ def config_of(path: str | os.PathLike[str]) -> tuple[str, Mapping[str, Any]]:
         MissingFileError: There is nothing of this name.
         MalformedFileError: The configuration is not a JSON object.
     """
-    given = os.fspath(path)
+    given = storage.pinned(path)
     folder, name = os.path.split(given)
-    if name.endswith(".json") and not is_index(name) and os.path.isfile(given):
+    if name.endswith(".json") and not is_index(name) and storage.is_file(given):
         return given, read_config(folder or os.curdir, name)
-    place = given if os.path.isdir(given) else folder or os.curdir
-    return os.path.join(place, CONFIG), read_config(place)
+    place = given if storage.is_dir(given) else folder or os.curdir
+    return storage.below(place, CONFIG), read_config(place)
 
 
 def tied(base: Base) -> tuple[tuple[Weight, ...], ...]:
@@ -183,10 +184,10 @@ def _parts(folder: str) -> dict[str, Part]:
         own = part_of(folder, names)
         if own is not None:
             return {"": own}
-    inside = [name for name in names if os.path.isdir(os.path.join(folder, name))]
+    inside = [name for name in names if storage.is_dir(storage.below(folder, name))]
     if PIPELINE in names or any(name in _NETWORKS for name in inside):
-        places = {name: os.path.join(folder, name) for name in inside}
-        parts = {name: part_of(place, listed(place)) for name, place in places.items()}
+        places = {name: storage.below(folder, name) for name in inside}
+        parts = {name: part_of(place, listed(place), folder) for name, place in places.items()}
         found = {name: part for name, part in parts.items() if part is not None}
         if found:
             return found
@@ -201,8 +202,8 @@ def _model(given: str, folder: str, parts: Mapping[str, Part]) -> Base:
     weights: dict[str, dict[str, Weight]] = {}
     shards: list[Shard] = []
     for name, part in parts.items():
-        place = os.path.join(folder, name) if name else folder
-        read = [_file(os.path.join(place, file), _within(name, file), name) for file in part.files]
+        place = storage.below(folder, name) if name else folder
+        read = [_file(storage.below(place, file), _within(name, file), name) for file in part.files]
         weights[name] = _together(read, place, part)
         shards += [shard for shard, _ in read]
     indices = {name: _within(name, part.index_name) for name, part in parts.items() if part.index_name}
@@ -212,7 +213,9 @@ def _model(given: str, folder: str, parts: Mapping[str, Part]) -> Base:
         folder=folder,
         shards=tuple(shards),
         indices=indices,
-        configs={name: read_config(os.path.join(folder, name) if name else folder) for name in parts},
+        configs={
+            name: read_config(storage.below(folder, name) if name else folder, whole=folder) for name in parts
+        },
         beside=beside(folder, {*(shard.name for shard in shards), *indices.values()}),
     )
 
@@ -263,7 +266,7 @@ def _together(read: Iterable[tuple[Shard, dict[str, Weight]]], place: str, part:
     if twice:
         raise MalformedFileError(
             f"{len(twice)} tensors are in more than one of the shards",
-            path=os.path.join(place, part.index_name),
+            path=storage.below(place, part.index_name),
             keys=twice,
             expected="Each was expected once",
             todo="Download the shards again, those of one model alone",
@@ -272,7 +275,7 @@ def _together(read: Iterable[tuple[Shard, dict[str, Weight]]], place: str, part:
     if lost:
         raise MalformedFileError(
             f"{len(lost)} of {len(part.said)} tensors are in none of the shards",
-            path=os.path.join(place, part.index_name),
+            path=storage.below(place, part.index_name),
             keys=lost,
             expected="Index and shards of one model were expected",
             todo="Download them again",

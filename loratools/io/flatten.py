@@ -17,6 +17,11 @@ WRAPPERS = ("state_dict", "model", "module", "params", "params_ema", "network")
 
 _DEEPEST = 64
 _MOST_LEAVES = 1_000_000
+_MOST_LETTERS = (
+    100_000_000  # of all keys; a few containers that hold each other by long names make any number
+)
+# Views of one storage may be many, but what they would take on the disk is not without end.
+_FREE_BYTES, _MOST_COPIES = 64 << 20, 64
 
 
 def flatten(value: Any, path: str) -> tuple[dict[str, TensorRef], dict[str, Any], str]:
@@ -62,6 +67,7 @@ class _Walk:
     def __init__(self, path: str) -> None:
         self.path = path
         self.count = 0
+        self.letters = 0
         self.known: dict[int, bool] = {}
 
     def leaves(
@@ -75,6 +81,12 @@ class _Walk:
                     f"the pickle holds more than {_MOST_LEAVES:,} values", path=self.path
                 )
             key = f"{prefix}.{name}" if prefix else name
+            self.letters += len(key)
+            if self.letters > _MOST_LETTERS:
+                raise MalformedFileError(
+                    f"the keys of the pickle, joined, have more than {_MOST_LETTERS:,} letters",
+                    path=self.path,
+                )
             if self.holds_tensor(item, depth) and not _is_tensor(item):
                 yield from self.leaves(item, "", "" if wrapper and name == wrapper else key, depth + 1)
             else:
@@ -126,8 +138,26 @@ def _refs(tensors: Mapping[str, torch.Tensor], path: str) -> dict[str, TensorRef
             expected="Dense tensors of the dtypes that safetensors knows were expected",
             todo="Convert them with torch and save the file again",
         )
+    _refuse_multiplied(tensors, path)
     # A conjugate or negative view shares memory that holds other numbers than the tensor's.
     return {key: from_torch(key, tensor.resolve_conj().resolve_neg()) for key, tensor in tensors.items()}
+
+
+def _refuse_multiplied(tensors: Mapping[str, torch.Tensor], path: str) -> None:
+    """Refuse views, expanded ones above all, that have far more bytes than all storages have."""
+    held = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()
+    }
+    stored = sum(held.values())
+    told = {key: tensor.numel() * tensor.element_size() for key, tensor in tensors.items()}
+    if sum(told.values()) > _FREE_BYTES + _MOST_COPIES * stored:
+        raise MalformedFileError(
+            f"the tensors take {sum(told.values()):,} bytes, of which the file holds {stored:,}",
+            path=path,
+            keys=sorted(told, key=lambda key: -told[key])[:1],
+            expected="Expanded views, and views of the same numbers, were expected to be few and small",
+            todo="Save contiguous tensors, or the one that the others are views of",
+        )
 
 
 def _problem(tensor: torch.Tensor) -> str:

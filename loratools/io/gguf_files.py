@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from loratools.errors import MalformedFileError, ReadError
@@ -41,6 +41,7 @@ _READ = (2, 3)
 _LEAST_VALUE, _LEAST_TENSOR = 13, 24
 # Arrays of a model's header (its vocabulary) are told of, not kept, where they are longer.
 _LONGEST_KEPT = 64
+_LONGEST_ARRAY = 1_000_000  # of an adapter's, whose arrays are kept
 
 
 class QuantisedSource:
@@ -87,8 +88,9 @@ class QuantisedSource:
         from gguf import GGMLQuantizationType, dequantize
 
         data = numpy.frombuffer(self.stored(), numpy.uint8)
-        _, size = _block_of(self.number, self.file.path)
-        rows = data.reshape(*self.shape[:-1], -1) if data.size >= size else data
+        if not data.size:
+            return data.data
+        rows = data.reshape(*self.shape[:-1], -1)
         values = dequantize(rows, GGMLQuantizationType(self.number)).astype("<f4", copy=False)
         return numpy.ascontiguousarray(values).reshape(-1).view(numpy.uint8).data
 
@@ -126,10 +128,11 @@ def read_gguf(path: str, size: int) -> TensorFile:
             raise MalformedFileError(
                 "two tensors have one name", path=path, todo="The file is damaged; get it again"
             )
+        _refuse_overlaps(entries, path)
     except BaseException:
         mapped.close()
         raise
-    return TensorFile(path, "gguf", tensors, _metadata(values), size, on_close=mapped.close)
+    return TensorFile(path, "gguf", tensors, _metadata(values, path), size, on_close=mapped.close)
 
 
 def _header(reader: Reader) -> tuple[dict[str, Span], list[_Entry], int]:
@@ -186,13 +189,36 @@ def _entry(reader: Reader) -> _Entry:
 def _ref(entry: _Entry, mapped: FileMap, start: int, size: int) -> TensorRef:
     begin = start + entry.offset
     dtype = DTYPES_BY_NUMBER.get(entry.number)
-    stop = begin + (nbytes(entry.shape, dtype) if dtype is not None else 1)
+    stop = begin + _least(entry)
     if stop > size:
         raise _truncated(mapped.path, f"{entry.name} would end at byte {stop:,} of {size:,}")
     if dtype is None:
         source = QuantisedSource(mapped, begin, entry.number, entry.shape)
         return TensorRef(entry.name, entry.shape, "F32", source)
     return TensorRef(entry.name, entry.shape, dtype, MappedSource(mapped, begin, stop))
+
+
+def _least(entry: _Entry) -> int:
+    """The bytes that a tensor takes; of a quantised one at least, since no type has less than a bit for a value."""
+    dtype = DTYPES_BY_NUMBER.get(entry.number)
+    return nbytes(entry.shape, dtype) if dtype is not None else max(1, math.prod(entry.shape) // 8)
+
+
+def _refuse_overlaps(entries: Iterable[_Entry], path: str) -> None:
+    """Refuse tensors that lie over each other: a small file would become any number of large ones."""
+    end, before = 0, ""
+    for entry in sorted(entries, key=lambda entry: entry.offset):
+        if not math.prod(entry.shape):
+            continue
+        if entry.offset < end:
+            raise MalformedFileError(
+                f"its data begins at {entry.offset:,}, within that of {before}",
+                path=path,
+                keys=[entry.name],
+                expected="Tensors follow each other",
+                todo="The file is damaged; download it again",
+            )
+        end, before = entry.offset + _least(entry), entry.name
 
 
 def _truncated(path: str, how: str) -> MalformedFileError:
@@ -204,14 +230,20 @@ def _truncated(path: str, how: str) -> MalformedFileError:
     )
 
 
-def _metadata(values: Mapping[str, Span]) -> dict[str, str]:
+def _metadata(values: Mapping[str, Span], path: str) -> dict[str, str]:
     """The values as text, and the types of those that have not the usual ones."""
     kept: dict[str, str] = {}
     unusual: dict[str, str] = {}
     adapter = "general.type" in values and values["general.type"].value() == "adapter"
     for key, span in values.items():
+        if span.length > _LONGEST_ARRAY and adapter:
+            raise MalformedFileError(
+                f"{key} has {span.length:,} values",
+                path=path,
+                expected=f"At most {_LONGEST_ARRAY:,} were expected",
+            )
         if span.length > _LONGEST_KEPT and not adapter:
-            kept[key] = f"[{span.count:,} values]"
+            kept[key] = f"[{span.length:,} values]"
             continue
         kept[key] = text_of(span.value())
         if span.type != USUAL.get(key, "string"):

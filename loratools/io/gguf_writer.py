@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
 
 from loratools.errors import LayoutError
+from loratools.io import json_text
 from loratools.io._gguf_values import (
     ALIGNMENT,
     ALIGNMENT_KEY,
@@ -109,7 +109,18 @@ def _start(refs: list[TensorRef], metadata: Mapping[str, str]) -> tuple[bytes, l
 
 
 def _types(metadata: Mapping[str, str]) -> dict[str, str]:
-    unusual = json.loads(metadata.get(UNUSUAL, "{}"))
+    text = metadata.get(UNUSUAL, "{}")
+    try:
+        unusual = json_text.loads(text)
+        known = isinstance(unusual, dict) and all(isinstance(kind, str) for kind in unusual.values())
+    except ValueError:
+        known = False
+    if not known:
+        raise LayoutError(
+            f"the metadata's {UNUSUAL} is {json_text.brief(text)}",
+            expected="JSON was expected: an object with the types of values",
+            todo=f"Leave {UNUSUAL} out of the metadata",
+        )
     return {key: unusual.get(key) or USUAL.get(key, "string") for key in metadata}
 
 

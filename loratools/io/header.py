@@ -7,6 +7,7 @@ Format: https://huggingface.co/docs/safetensors (section "Format").
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -205,8 +206,8 @@ def _load_plain(text: str) -> dict[str, Any] | None:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise _DuplicateKeyError(sorted({name for name in names if names.count(name) > 1}))
+        counts = Counter(name for name, _ in pairs)
+        raise _DuplicateKeyError(sorted(name for name, count in counts.items() if count > 1))
     return table
 
 

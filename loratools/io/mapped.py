@@ -11,10 +11,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from loratools.errors import MalformedFileError, ReadError
+from loratools.io import unchanged
 from loratools.tensors import DTYPES, BytesSource, TensorRef
 
 if TYPE_CHECKING:
     import torch
+
+    from loratools.io.ranged import RemoteFile
 
 
 _TINY = 8
@@ -28,13 +31,14 @@ class FileMap:
     does not warn, while whatever is written stays in this process and never reaches the file. A system that
     refuses a private map larger than its memory gets a read-only one, with torch's single warning.
 
-    A file that another program shortens while it is mapped cannot be guarded against: the system ends the
-    process that touches the missing pages.
+    A file that another program has changed since it was opened is refused whenever data of it is asked for. One that
+    is shortened between that and the touching of its pages ends the process (SIGBUS), as a kill does: nothing has an
+    output's name then. A file that was replaced under its name stays mapped as it was.
 
     Pickled, it is the file's path and size: whoever unpickles it maps the file anew.
     """
 
-    __slots__ = ("_file", "_map", "path")
+    __slots__ = ("_file", "_map", "_state", "path")
 
     def __init__(self, path: str) -> None:
         """Map a file that is not empty.
@@ -49,19 +53,39 @@ class FileMap:
             self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
         except OSError:
             self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._state = unchanged.state_of(os.fstat(self._file.fileno()))
 
     def view(self, start: int, stop: int) -> memoryview:
         """The bytes from ``start`` to ``stop``, without a copy; they keep the map alive.
 
         Raises:
-            LoraError: The file was closed.
+            ReadError: The file was closed, has changed since it was opened, or cannot be read.
         """
         if self._map is None:
             raise ReadError("the file was closed", path=self.path, todo="Load tensors before closing it")
         if stop - start <= _TINY and _PREAD is not None:
             # An alpha: reading it costs a third of mapping the page that it lies in.
-            return memoryview(bytearray(_PREAD(self._file.fileno(), stop - start, start)))
+            data = bytearray(self._read(_PREAD, start, stop))
+            if len(data) == stop - start:
+                return memoryview(data)
+        self._refuse_changed()
         return memoryview(self._map)[start:stop]
+
+    def _read(self, pread: Callable[[int, int, int], bytes], start: int, stop: int) -> bytes:
+        try:
+            return pread(self._file.fileno(), stop - start, start)
+        except OSError as error:
+            raise ReadError(
+                f"cannot be read: {error.strerror or error}",
+                path=self.path,
+                todo="Check the disk, or copy the file",
+            ) from error
+
+    def _refuse_changed(self) -> None:
+        """Refuse a file that is not as it was when it was opened: of one that is shorter, pages are missing."""
+        how = unchanged.difference(self._state, unchanged.state_of(os.fstat(self._file.fileno())))
+        if how:
+            raise unchanged.changed(self.path, how)
 
     def __reduce__(self) -> tuple[Callable[[str, int], FileMap], tuple[str, int]]:
         return _mapped_again, (os.path.abspath(self.path), self.view(0, sys.maxsize).nbytes)
@@ -109,7 +133,7 @@ def _mapped_again(path: str, size: int) -> FileMap:
 
 
 class MappedSource:
-    """Data that lies in a mapped file, from ``start`` to ``stop`` (bytes).
+    """Data that lies in a mapped file, or in one elsewhere, from ``start`` to ``stop`` (bytes).
 
     It takes its view of the map only when asked, so that a file of which nothing is in use can be closed. It can be
     pickled: the file's path and the two offsets, not the data.
@@ -117,7 +141,7 @@ class MappedSource:
 
     __slots__ = ("file", "start", "stop")
 
-    def __init__(self, file: FileMap, start: int, stop: int) -> None:
+    def __init__(self, file: FileMap | RemoteFile, start: int, stop: int) -> None:
         self.file = file
         self.start = start
         self.stop = stop

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.errors import MalformedFileError, ReadError
 from loratools.io.archive import open_archive, read_member
+from loratools.io.json_text import brief
 from loratools.io.mapped import TensorFile
 from loratools.tensors import DTYPES, BytesSource, TensorRef, carried
 
@@ -24,7 +25,8 @@ MAGIC = b"\x93NUMPY"
 
 # By version: how many bytes hold the header's length.
 _LENGTH_BYTES = {1: 2, 2: 4, 3: 4}
-_LONGEST_HEADER = 1 << 16
+_LONGEST_HEADER = 10_000  # characters; numpy's own limit, since Python's parser may run out of stack
+_MOST_AXES = 64  # numpy's
 _MOST_BYTES = 2**63
 _NAMES = {row.numpy.lstrip("<"): row.name for row in DTYPES.values() if row.numpy} | {"b1": "BOOL"}
 
@@ -113,12 +115,12 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: str) -> Tenso
     dtype = _dtype(fields["descr"])
     shape, fortran = fields["shape"], fields["fortran_order"]
     valid = isinstance(shape, tuple) and all(type(dim) is int and dim >= 0 for dim in shape)
-    if not valid or type(fortran) is not bool:
-        raise _UnreadableError(f"its header gives shape {shape!r} and fortran_order {fortran!r}")
+    if not valid or len(shape) > _MOST_AXES or type(fortran) is not bool:
+        raise _UnreadableError(f"its header gives shape {brief(shape)} and fortran_order {brief(fortran)}")
     needed = math.prod(shape) * DTYPES[dtype].bits // 8
     if needed != info.file_size - start or math.prod(filter(None, shape)) > _MOST_BYTES:
         raise _UnreadableError(
-            f"it has {info.file_size - start:,} bytes of data, its shape {shape} takes {needed:,}"
+            f"it has {info.file_size - start:,} bytes of data, its shape {brief(shape)} takes {brief(needed)}"
         )
     source = _MemberSource(
         archive, info.filename, path, start, shape if fortran and len(shape) > 1 else None, dtype
@@ -160,7 +162,7 @@ def _dtype(descr: object) -> str:
             raise _UnreadableError(
                 "dtype V2 is two bytes without a meaning (bfloat16, saved where numpy lacks it)"
             )
-    raise _UnreadableError(f"dtype {descr!r} has no place in a safetensors file")
+    raise _UnreadableError(f"dtype {brief(descr)} has no place in a safetensors file")
 
 
 def _row_order(data: memoryview, shape: tuple[int, ...], dtype: str) -> memoryview:

@@ -6,15 +6,19 @@ takes, wherever they come from (the memo included).
 
 from __future__ import annotations
 
+import os
 import pickletools
+from collections.abc import Iterable
 from io import BytesIO
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from loratools.errors import MalformedFileError
 
 UNKNOWN = "(a name computed while unpickling)"
 """Stands for an import whose name the opcodes do not spell out."""
 
+# Values in tuples. What rebuilds a tensor takes some dozens; a list or dict of any size is no tuple.
+_LIGHT, _MOST_VISITS = 100, 10_000_000
 _MARK = object()
 _GETS = frozenset({"GET", "BINGET", "LONG_BINGET"})
 _PUTS = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
@@ -56,9 +60,8 @@ def scan(pickle: bytes | IO[bytes], path: str) -> Scan:
     """
     walk = _Walk()
     try:
-        for opcode, argument, _ in pickletools.genops(
-            BytesIO(pickle) if isinstance(pickle, bytes) else pickle
-        ):
+        stream = _Bounded(BytesIO(pickle) if isinstance(pickle, bytes) else pickle)
+        for opcode, argument, _ in pickletools.genops(cast("IO[bytes]", stream)):
             walk.step(opcode, argument)
     except (ValueError, IndexError, OverflowError, EOFError) as error:
         raise MalformedFileError(
@@ -70,6 +73,35 @@ def scan(pickle: bytes | IO[bytes], path: str) -> Scan:
     return Scan(tuple(walk.names), tuple(walk.references))
 
 
+class _Bounded:
+    """A file of which no more is asked for than it has: Python would first make room for as much as was asked for."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        here = file.tell()
+        self._size = file.seek(0, os.SEEK_END)
+        file.seek(here)
+        self.readline = file.readline
+        self.tell = file.tell
+
+    def read(self, count: int) -> bytes:
+        """As many bytes, or all that are left."""
+        return self._file.read(min(count, self._size))
+
+
+class _Tuple(tuple[Any, ...]):
+    """A tuple that knows how many values whoever hashes or prints it has to visit.
+
+    Attributes:
+        weight: That count; tuples of the same tuple twice, and so on, double it each time.
+    """
+
+    weight: int
+
+    def __init__(self, _: Iterable[Any]) -> None:
+        self.weight = 1 + sum(item.weight if isinstance(item, _Tuple) else 1 for item in self)
+
+
 class _Walk:
     """The unpickler's stack and memo, of which strings, numbers, imports and tuples of them are known."""
 
@@ -78,6 +110,7 @@ class _Walk:
         self.references: list[Any] = []
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.visits = 0
 
     def step(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
         """Follow one opcode."""
@@ -106,7 +139,16 @@ class _Walk:
             rest = before.index(pickletools.markobject)
         for _ in range(min(rest, len(self.stack))):
             taken.append(self.stack.pop())
+        self._visit(taken)
         return taken[::-1]
+
+    def _visit(self, taken: list[Any]) -> None:
+        """Count what whoever hashes or prints these has to visit."""
+        for item in taken:
+            if isinstance(item, _Tuple) and item.weight > _LIGHT:
+                self.visits += item.weight
+        if self.visits > _MOST_VISITS:
+            raise ValueError(f"tuples of the same tuples hold more than {_MOST_VISITS:,} values")
 
     def _made(self, opcode: pickletools.OpcodeInfo, argument: Any, taken: list[Any]) -> list[Any]:
         """What the opcode leaves on the stack; None stands for anything unknown."""
@@ -119,7 +161,7 @@ class _Walk:
         if name in _EXTENSIONS:
             return [self._import(f"copyreg extension {argument}")]
         if name in _TUPLES:
-            return [tuple(taken)]
+            return [_Tuple(taken)]
         if name == "BINPERSID":
             self.references += taken
         return [_pushed(kind, argument) for kind in opcode.stack_after]

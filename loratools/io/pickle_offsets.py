@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING
 from loratools.io.archive import open_archive, read_member
 from loratools.io.mapped import TensorFile
 from loratools.io.opcodes import scan
+from loratools.io.storage import local
 from loratools.tensors import TensorRef
 
 if TYPE_CHECKING:
@@ -42,10 +43,9 @@ def offsets(opened: TensorFile) -> dict[str, int]:
         opened: A pickle from :func:`loratools.io.open_tensors`.
     """
     tensors = {key: ref.load() for key, ref in opened.tensors.items() if ref.nbytes}
-    with open(opened.path, "rb") as file:
-        starts = (
-            _in_archive(opened.path, file, tensors) if _is_zip(file) else _legacy(opened.path, file, tensors)
-        )
+    path = local(opened.path)
+    with open(path, "rb") as file:
+        starts = _in_archive(path, file, tensors) if _is_zip(file) else _legacy(path, file, tensors)
         spans = {
             key: (start, start + opened.tensors[key].nbytes)
             for key, start in starts.items()

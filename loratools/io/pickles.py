@@ -7,6 +7,7 @@ second would refuse, and holds for older versions of torch whose restricted unpi
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -84,22 +85,39 @@ def _check_archive(path: str) -> bool:
 
 def _check_records(references: Iterable[Any], sizes: Mapping[str, int], path: str) -> None:
     """Refuse storages longer than the record that holds them: torch would read what lies behind it."""
-    short = []
-    for reference in references:
-        match reference:
-            case ("storage", Global(name), str(key), _, int(count)):
-                kind = re.fullmatch(r"torch\.(?:cuda\.|storage\.)?(\w+)Storage", name)
-                width = _STORAGE_BYTES.get(kind[1], 1) if kind else 1
-                if count * width > sizes.get(f"data/{key}", -1):
-                    short.append(f"data/{key}")
+    needed = _storages(references, path)
+    short = [f"data/{key}" for key, bytes_ in needed.items() if bytes_ > sizes.get(f"data/{key}", -1)]
     if short:
         raise MalformedFileError(
             "records that are missing, or shorter than the tensors in them",
             path=path,
-            keys=dict.fromkeys(short),
+            keys=short,
             expected="The file is damaged",
             todo="Download the file again",
         )
+
+
+def _storages(references: Iterable[Any], path: str) -> dict[str, int]:
+    """The size in bytes of each storage that a pickle refers to, by its key.
+
+    Raises:
+        MalformedFileError: A reference is none that torch.save writes, so that what it would read cannot be told.
+    """
+    found: dict[str, int] = {}
+    for reference in references:
+        match reference:
+            case ("storage", Global(name), str(key), _, int(count), *_) if count >= 0:
+                kind = re.fullmatch(r"torch\.(?:cuda\.|storage\.)?(\w+)Storage", name)
+                width = _STORAGE_BYTES.get(kind[1], 1) if kind else 1
+                found[key] = max(found.get(key, 0), count * width)
+            case _:
+                raise MalformedFileError(
+                    "the pickle refers to something other than a storage",
+                    path=path,
+                    expected="The file is damaged, or not what torch.save writes",
+                    todo="Download the file again",
+                )
+    return found
 
 
 def _torch_view(path: str) -> tuple[list[str], bytes]:
@@ -110,7 +128,9 @@ def _torch_view(path: str) -> tuple[list[str], bytes]:
         with open(path, "rb") as file:
             reader = torch._C.PyTorchFileReader(file)
             return reader.get_all_records(), reader.get_record("data.pkl")
-    except (RuntimeError, ValueError) as error:
+    except MemoryError:
+        raise  # too large for this machine is not damaged
+    except Exception as error:  # IndexError, OverflowError and others come out of its C++
         raise damaged(path, error, "the archive of torch.save") from error
 
 
@@ -119,14 +139,23 @@ def _check_legacy(path: str) -> bool:
     with open(path, "rb") as file:
         legacy = _LEGACY_MAGIC in file.read(64)
         file.seek(0)
-        names = [name for _ in range(_LEGACY_PICKLES if legacy else 1) for name in scan(file, path).imports]
-    _refuse_code(names, path)
+        scans = [scan(file, path) for _ in range(_LEGACY_PICKLES if legacy else 1)]
+        left = os.fstat(file.fileno()).st_size - file.tell()
+    _refuse_code((name for each in scans for name in each.imports), path)
     if not legacy:
         raise MalformedFileError(
             "a pickle that torch.save did not write",
             path=path,
             expected="A file of torch.save, or safetensors, was expected",
             todo="Save it again with safetensors",
+        )
+    needed = sum(_storages((each for found in scans for each in found.references), path).values())
+    if needed > left:
+        raise MalformedFileError(
+            f"the file is truncated: its storages take {needed:,} bytes, and {left:,} follow the pickle",
+            path=path,
+            expected="A download that broke off, or a damaged file",
+            todo="Download the file again",
         )
     return False
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from loratools.errors import LoraError, MalformedFileError, MissingFileError, ReadError
-from loratools.io import header
+from loratools.io import header, storage, unchanged
 from loratools.io.mapped import FileMap, MappedSource, TensorFile
 from loratools.tensors import TensorRef
+
+if TYPE_CHECKING:
+    from loratools.io.ranged import RemoteFile
 
 __all__ = ["TensorFile", "open_tensors", "sniff"]
 
@@ -17,6 +20,7 @@ _HEAD = 4096
 # A header length above this is not a length but some other file's text: eight letters are at least 2**61.
 _PLAUSIBLE = 2**40
 _GGUF = b"GGUF"
+_ZIPS = (b"PK\x03\x04", b"PK\x05\x06")
 
 
 class _Stranger(NamedTuple):
@@ -66,6 +70,13 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
         LoraError: It cannot be opened (no permission).
     """
     name = os.fspath(path)
+    if storage.is_url(name):
+        return _open_url(storage.pinned(name))
+    return _open(name)
+
+
+def _open(name: str) -> TensorFile:
+    """Open a file on this machine."""
     container, size = _identify(name)
     try:
         if container == "safetensors":
@@ -95,22 +106,50 @@ def sniff(path: str | os.PathLike[str]) -> str:
         MalformedFileError: It is none of these; says what it is instead.
         LoraError: It cannot be opened (no permission).
     """
-    return _identify(os.fspath(path))[0]
+    name = os.fspath(path)
+    return _open_url(storage.pinned(name)).container if storage.is_url(name) else _identify(name)[0]
+
+
+def _open_url(url: str) -> TensorFile:
+    """Open a file elsewhere: safetensors by parts, all others whole."""
+    said = storage.state(url)
+    if said.folder:
+        _refuse_folder(url)
+    unchanged.note_elsewhere(url, said.whole_tag)
+    if said.ranged:
+        from loratools.io.ranged import RemoteFile
+
+        file = RemoteFile(url, said)
+        head = file.head[:_HEAD]
+        if not head.startswith(_ZIPS) and _container(bytes(head), file.size, url) == "safetensors":
+            found = header.parse(bytes(file.header()), file.size, url)
+            start = found.data_start
+            file.plan((start + begin, start + end) for _, _, begin, end in found.entries.values())
+            return _named(file, found, file.size)
+    opened = _open(storage.local(url))
+    opened.path = url
+    return opened
 
 
 def _open_safetensors(path: str, size: int) -> TensorFile:
     mapped = FileMap(path)
     try:
         with mapped.view(0, size) as data:
-            entries, metadata, start = header.parse(data, size, path)
+            found = header.parse(data, size, path)
     except BaseException:
         mapped.close()
         raise
+    return _named(mapped, found, size)
+
+
+def _named(file: FileMap | RemoteFile, found: header.Header, size: int) -> TensorFile:
+    """A safetensors file's tensors by name."""
+    entries, metadata, start = found
     tensors = {
-        name: TensorRef(name, shape, dtype, MappedSource(mapped, start + begin, start + end))
+        name: TensorRef(name, shape, dtype, MappedSource(file, start + begin, start + end))
         for name, (dtype, shape, begin, end) in entries.items()
     }
-    return TensorFile(path, "safetensors", tensors, metadata, size, on_close=mapped.close)
+    return TensorFile(file.path, "safetensors", tensors, metadata, size, on_close=file.close)
 
 
 def _identify(path: str) -> tuple[str, int]:
@@ -118,11 +157,10 @@ def _identify(path: str) -> tuple[str, int]:
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
-            raise MalformedFileError(
-                "a folder, not a file", path=path, expected="One file is read here", todo="Give a file in it"
-            )
+            _refuse_folder(path)
         if not stat.S_ISREG(status.st_mode):
             raise MalformedFileError("not a regular file", path=path, todo="Give a file on disk")
+        unchanged.note(path, status)
         with open(path, "rb") as file:
             head = file.read(_HEAD)
     except (FileNotFoundError, NotADirectoryError):
@@ -135,7 +173,7 @@ def _identify(path: str) -> tuple[str, int]:
 
 
 def _container(head: bytes, size: int, path: str) -> str:
-    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+    if head.startswith(_ZIPS):
         return _zip_container(path)
     # JSON text could have its ninth byte right, but its first eight are no length. A header's length may begin
     # like a pickle (640 is 80 02), so this comes before.
@@ -191,6 +229,12 @@ def _unrecognised(head: bytes, size: int, path: str) -> NoReturn:
 def _header_like(head: bytes, size: int) -> bool:
     """Whether the first eight bytes could be the length of a header that this file holds."""
     return 0 < int.from_bytes(head[:8], "little") <= size - 8
+
+
+def _refuse_folder(path: str) -> NoReturn:
+    raise MalformedFileError(
+        "a folder, not a file", path=path, expected="One file is read here", todo="Give a file in it"
+    )
 
 
 def _refuse(what: str, todo: str, path: str) -> NoReturn:

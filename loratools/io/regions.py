@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from loratools.errors import MalformedFileError
+from loratools.io import storage
 
 Buffer = memoryview | bytearray | bytes
 
@@ -30,7 +33,7 @@ _seeking = threading.Lock()  # where a read or write takes two calls, they must 
 
 
 def copy_range(
-    source: int,
+    source: int | str,
     target: int,
     start: int,
     stop: int,
@@ -44,7 +47,7 @@ def copy_range(
     Other threads may write elsewhere in ``target`` by :func:`write_at`; only one at a time may copy to it.
 
     Args:
-        source: Descriptor to read.
+        source: Descriptor to read, or a URL.
         target: Descriptor to write.
         start: Offset of the first byte.
         stop: Offset behind the last.
@@ -58,7 +61,11 @@ def copy_range(
     """
     ways = list(_WAYS)
     while start < stop:
-        done = _first_way(ways, source, target, start, min(_CHUNK, stop - start), at)
+        count = min(_CHUNK, stop - start)
+        if isinstance(source, str):
+            done = _from_elsewhere(source, target, start, count, at)
+        else:
+            done = _first_way(ways, source, target, start, count, at)
         if not done:
             raise _too_short(path, start, stop)
         start += done
@@ -67,13 +74,42 @@ def copy_range(
             step(done)
 
 
+@contextmanager
+def opened(path: str) -> Iterator[int | str]:
+    """What :func:`copy_range` and :func:`read_at` read a file by: a descriptor; a URL as it is.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+    if storage.is_url(path):
+        yield path
+        return
+    with open(path, "rb", buffering=0) as file:
+        yield file.fileno()
+
+
+def fetch(url: str, place: str | os.PathLike[str]) -> None:
+    """Have a whole file at a URL in a file on this machine, piece by piece.
+
+    Raises:
+        LoraError: It cannot be read.
+        OSError: It cannot be written.
+    """
+    said = storage.state(url)
+    if not said.ranged:
+        shutil.copyfile(storage.local(url), place)
+        return
+    with open(place, "wb") as target:
+        copy_range(url, target.fileno(), 0, said.size, 0, path=url)
+
+
 def clone_file(source: str, target: str) -> bool:
     """Make ``target`` share all blocks of ``source`` until one is written to (btrfs, XFS, bcachefs, ZFS).
 
     Returns:
         Whether it does; if not, ``target`` is as it was.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or storage.is_url(source):
         return False
     import fcntl
 
@@ -107,7 +143,7 @@ def read_at(
     """Fill a buffer with the bytes of a file from ``start`` on; threads may do so at once.
 
     Args:
-        file: A descriptor, or a path that is opened for it.
+        file: A descriptor, or a path that is opened for it, or a URL.
         start: Offset of the first byte.
         buffer: Writable and contiguous.
         path: The file's name, for messages, where a descriptor is given.
@@ -117,6 +153,8 @@ def read_at(
         OSError: The system refuses.
     """
     if not isinstance(file, int):
+        if storage.is_url(file):
+            return storage.read_at(os.fspath(file), start, buffer)
         descriptor = os.open(file, os.O_RDONLY | _BINARY)
         try:
             return read_at(descriptor, start, buffer, path=os.fspath(file))
@@ -166,6 +204,13 @@ def _first_way(ways: list[_Way], source: int, target: int, start: int, count: in
             return done
         del ways[0]
     return ways[0](source, target, start, count, at)
+
+
+def _from_elsewhere(source: str, target: int, start: int, count: int, at: int) -> int:
+    buffer = bytearray(count)
+    storage.read_at(source, start, buffer)
+    write_at(target, at, buffer)
+    return count
 
 
 def _by_copy_file_range(source: int, target: int, start: int, count: int, at: int) -> int:

@@ -7,17 +7,22 @@ refuses into its own error). Nothing here imports torch, so that copying goes on
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from loratools.errors import ConversionError, LayoutError, MalformedFileError, NameResolutionError
+from loratools.io import storage
 from loratools.io._archive_sums import ArchiveSums
-from loratools.io._copier import Range, gaps, joined
-from loratools.io._output import Output, Slot
+from loratools.io._copier import sync_data
+from loratools.io._layout import Slot, holds
+from loratools.io._output import Output
 from loratools.io.base import Shard, Weight
 from loratools.io.header import build
+from loratools.io.pieces import Range, gaps, joined
+from loratools.io.regions import opened, read_at
 from loratools.tensors import nbytes
+
+__all__ = ["Computed", "Copied", "Restream", "Rewrite", "Slot", "fits", "holds", "sync_data"]
 
 _METADATA = "__metadata__"
 
@@ -88,11 +93,13 @@ class Rewrite(Output):
         super().__init__(output, total, slots, gaps(shard.path, total, taken), head)
         self._source = shard.path
         self._whole = shard.path
-        self._tied = shard.container == "pickle"
-        self._sums = ArchiveSums(shard.path) if self._tied and slots and _is_zip(shard.path) else None
+        self.summed = shard.container == "pickle"
+        self._sums = (
+            ArchiveSums(storage.local(shard.path)) if self.summed and slots and _is_zip(shard.path) else None
+        )
 
     def _check_source(self) -> None:
-        found = os.path.getsize(self._source)
+        found = storage.size(self._source)
         if found != self.total:
             raise MalformedFileError(
                 f"the file has {found:,} bytes now, and had {self.total:,}",
@@ -223,7 +230,7 @@ def _scattered(path: str, keys: Sequence[str]) -> ConversionError:
 
 
 def _is_zip(path: str) -> bool:
-    with open(path, "rb") as file:
+    with open(storage.local(path), "rb") as file:
         return file.read(4) == b"PK\x03\x04"
 
 
@@ -245,9 +252,13 @@ def _new_head(shard: Shard, metadata: Mapping[str, str]) -> bytes:
 def _header_with(shard: Shard, metadata: Mapping[str, str]) -> bytes | None:
     """The file's first bytes with other metadata at its old place, as long as they were; None if it takes more."""
     build((), metadata)  # refuses what is not text
-    with open(shard.path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        table = json.loads(file.read(length))
+    with opened(shard.path) as file:
+        start = bytearray(8)
+        read_at(file, 0, start, path=shard.path)
+        length = int.from_bytes(start, "little")
+        said = bytearray(length)
+        read_at(file, 8, said, path=shard.path)
+    table = json.loads(bytes(said))
     if not metadata:
         table.pop(_METADATA, None)
     elif _METADATA in table:

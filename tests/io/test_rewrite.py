@@ -20,7 +20,7 @@ from loratools.errors import (
     ShapeError,
     WriteError,
 )
-from loratools.io import _copier, _output, header, open_tensors, regions
+from loratools.io import _layout, header, open_tensors, pieces, regions
 from loratools.io.rewrite import Computed, Copied, Restream, Rewrite, fits
 
 
@@ -53,8 +53,8 @@ def test_a_shared_file_is_rewritten_alike(tmp_path, monkeypatch, changed):
             new.write(Path(source).read_bytes())
         return True
 
-    monkeypatch.setattr(_output, "clone_file", clone)
-    monkeypatch.setattr(_copier, "copy_range", lambda *args, **_: copied.append(args))
+    monkeypatch.setattr(_layout, "clone_file", clone)
+    monkeypatch.setattr(pieces, "copy_range", lambda *args, **_: copied.append(args))
     shard, weights = safetensors(tmp_path / "base", {"hash": "abc", "format": "pt"})
     new = {key: tensors(1)[key] for key in changed}
     expected = naive((tmp_path / "base").read_bytes(), weights, new)
@@ -148,7 +148,7 @@ def test_a_pickle_becomes_safetensors(tmp_path):
 def test_neighbours_are_copied_as_one(tmp_path):
     _, weights = safetensors(tmp_path / "base")
     writer = Restream([Copied(key, weight) for key, weight in weights.items()], str(tmp_path / "out"), {})
-    assert len(writer._ranges) == 1
+    assert sum(len(piece.ranges) for piece in writer.pieces) == 1
 
 
 def test_names_sizes_and_turns_that_are_wrong(tmp_path):

@@ -19,7 +19,7 @@ from loratools.errors import (
     MalformedFileError,
     WriteError,
 )
-from loratools.io import _copier, atomic_output, regions
+from loratools.io import _copier, atomic_output, pieces, regions
 from loratools.io.rewrite import Copied, Restream, Rewrite
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +77,7 @@ def test_threads_put_at_once(tmp_path):
 def slow(monkeypatch):
     """Copying that waits, byte by byte, until it is let go; returns (has begun, may go on)."""
     begun, go = threading.Event(), threading.Event()
-    copy = _copier.copy_range
+    copy = pieces.copy_range
 
     def copy_range(*args, step, **options):
         def wait(count):
@@ -88,7 +88,7 @@ def slow(monkeypatch):
         copy(*args, step=wait, **options)
 
     monkeypatch.setattr(regions, "_CHUNK", 1)
-    monkeypatch.setattr(_copier, "copy_range", copy_range)
+    monkeypatch.setattr(pieces, "copy_range", copy_range)
     return begun, go
 
 
@@ -181,7 +181,7 @@ def test_an_abort_by_one_thread_is_an_error_in_the_one_that_waits(tmp_path, monk
 def test_what_fails_in_the_background_is_raised_by_the_next_call(tmp_path, monkeypatch, number, where):
     monkeypatch.setattr(_copier, "_SYNCED", 1)
     if where == "copy":
-        monkeypatch.setattr(_copier, "copy_range", refuse(number))
+        monkeypatch.setattr(pieces, "copy_range", refuse(number))
     else:
         monkeypatch.setattr(_copier, "_SYNC", refuse(number))
     shard, weights = safetensors(tmp_path / "base")
