@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
-Task = TypeVar("Task")
-Result = TypeVar("Result")
+from loratools.engine import Plan, Result, Task
 
 _AHEAD = 4
 
@@ -28,16 +26,29 @@ class Processes:
         self._pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_one_thread)
         self.sent: list[int] = []
 
-    def run(self, work: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
-        waiting: deque[Future[bytes]] = deque()
-        for task in tasks:
-            data = pickle.dumps((work, task))
+    @property
+    def remote(self) -> bool:
+        return True
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def device_kind(self) -> str:
+        return "cpu"
+
+    def run(self, plan: Plan[Task, Result]) -> Iterator[tuple[int, Result]]:
+        """Results as they come, which is in any order."""
+        waiting: dict[Future[bytes], int] = {}
+        for number, task in enumerate(plan.tasks):
+            data = pickle.dumps((plan.work, task))
             self.sent.append(len(data))
-            waiting.append(self._pool.submit(_done, data))
+            waiting[self._pool.submit(_done, data)] = number
             if len(waiting) >= _AHEAD:
-                yield pickle.loads(waiting.popleft().result())
+                yield from _taken(waiting)
         while waiting:
-            yield pickle.loads(waiting.popleft().result())
+            yield from _taken(waiting)
 
     def __enter__(self) -> Processes:
         return self
@@ -46,6 +57,13 @@ class Processes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.shutdown()
+
+
+def _taken(waiting: dict[Future[bytes], int]) -> Iterator[tuple[int, Any]]:
+    """What is done, the last first: nothing may rest on the order."""
+    done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+    for future in sorted(done, key=waiting.__getitem__, reverse=True):
+        yield waiting.pop(future), pickle.loads(future.result())
 
 
 def _one_thread() -> None:

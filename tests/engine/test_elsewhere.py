@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import factories
@@ -12,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 import loratools as lt
+from loratools.engine import Item, Plan
+from loratools.engine.kept import held
 from loratools.errors import OptionError
 from loratools.io.reader import open_tensors
-from loratools.io.spool import Spool
 from loratools.model import Adapter
 from loratools.ops._bake_tensor import BakeJob, bake_tensor
 from loratools.ops.bake import bake
@@ -39,17 +41,16 @@ def test_every_kind_of_source_can_be_sent_and_brings_its_bytes(tmp_path: Path) -
     torch.save({"a": tensor}, tmp_path / "zip.bin")
     torch.save({"a": tensor}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
     factories.write_safetensors(tmp_path / "a.safetensors", {"a": tensor}, None)
-    with Spool(tmp_path) as spool:
-        refs = [
-            *(open_tensors(path).tensors["a"] for path in sorted(tmp_path.iterdir()) if path.suffix),
-            spool.put(tensor),
-            from_torch("", tensor),
-            from_torch("", tensor.t().contiguous()).flipped(),
-            TensorRef("", (2, 3), "BF16", BytesSource(from_torch("", tensor).raw())),
-            TensorRef("", (2, 3), "BF16", LazySource(lambda: tensor.clone())),
-        ]
-        assert len(refs) == 8
-        data = [pickle.dumps(ref) for ref in refs]
+    refs = [
+        *(open_tensors(path).tensors["a"] for path in sorted(tmp_path.iterdir()) if path.suffix),
+        held("", tensor),
+        from_torch("", tensor),
+        from_torch("", tensor.t().contiguous()).flipped(),
+        TensorRef("", (2, 3), "BF16", BytesSource(from_torch("", tensor).raw())),
+        TensorRef("", (2, 3), "BF16", LazySource(lambda: tensor.clone())),
+    ]
+    assert len(refs) == 8
+    data = [pickle.dumps(ref) for ref in refs]
     for ref, sent in zip(refs, data, strict=True):
         found: TensorRef = pickle.loads(sent)
         assert found._replace(source=ref.source) == ref
@@ -89,8 +90,11 @@ def test_a_module_of_any_kind_is_baked_elsewhere_to_the_same_bytes(
                 precise=bool(number % 2),
             )
         )
-    for job, found in zip(jobs, elsewhere.run(bake_tensor, jobs), strict=True):
-        here = bake_tensor(job)
+    items = [Item(str(number)) for number in range(len(jobs))]
+    results = dict(elsewhere.run(Plan(bake_tensor, jobs, items)))
+    assert len(results) == len(jobs)
+    for number, found in results.items():
+        here = bake_tensor(jobs[number])
         assert torch.equal(found.data.view(torch.int16), here.data.view(torch.int16))
         assert found.result == here.result
 
@@ -131,10 +135,10 @@ def test_a_checkpoint_is_baked_elsewhere_to_the_same_bytes(
     assert len(files) == 3
     assert contents(tmp_path / "there") == files
     assert here.tensors == there.tensors
-    assert len(elsewhere.sent) >= len(here.tensors)
+    assert elsewhere.sent
     if container == "safetensors":
         # Names, shapes and places, no data.
-        assert max(elsewhere.sent) < 4096
+        assert sum(elsewhere.sent) < sum(tensor.nbytes for tensor in style[1].values()) / 2
 
 
 def test_a_ckpt_is_extracted_elsewhere_to_the_same_bytes(elsewhere: Processes, tmp_path: Path) -> None:
@@ -198,11 +202,12 @@ def test_an_error_elsewhere_is_told_as_here_and_leaves_nothing(elsewhere: Proces
     tuned = make.save(make.tuned(state), tmp_path / "tuned.safetensors")
     found, _ = extract(base, tuned, rank=3)
     assert found is not None
+    one = dict(list(found.modules.items())[:1])  # which of several errors comes first, nobody promises
     out = tmp_path / "out.safetensors"
     said = []
     for engine in (None, elsewhere):
         with pytest.raises(NonFiniteError) as caught:
-            bake(base, [found], out, weights=[1e6], dtype="float16", engine=engine)
+            bake(base, [replace(found, modules=one)], out, weights=[1e6], dtype="float16", engine=engine)
         said.append((str(caught.value), caught.value.keys))
         assert not out.exists()
     assert said[0] == said[1]
