@@ -150,6 +150,12 @@ class Method:
     most: int | None = None
     batched: Callable[[Sequence[Sequence[Part]], Options], list[Outcome]] | None = None
 
+    def __reduce__(self) -> tuple[Callable[[str], Method], tuple[str]]:
+        """Sent elsewhere, it is its name."""
+        from loratools.methods import get
+
+        return get, (self.name,)
+
     def check(self, options: Options) -> None:
         """Refuse values that this method cannot use.
 

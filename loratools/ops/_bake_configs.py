@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
+from loratools.io import storage
 from loratools.io.base import Base
 from loratools.io.model_folder import true_index
 from loratools.ops._bake_shards import ShardPlan
@@ -37,7 +38,7 @@ def write_configs(
             for key, kind, shape in shard.sizes(store):
                 weight_map[key] = os.path.relpath(shard.name, folder or ".").replace(os.sep, "/")
                 sizes[key] = nbytes(shape, kind)
-        write_json(index, true_index(os.path.join(base.folder, index), weight_map, sizes))
+        write_json(index, true_index(storage.below(base.folder, index), weight_map, sizes))
     for part, said in base.configs.items():
         changed = {**said, **plan.config.get(part, {})}
         if store is not None and any(weight.dtype.startswith("F8_") for weight in base.parts[part].values()):

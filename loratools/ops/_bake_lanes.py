@@ -7,20 +7,17 @@ nothing changes are copied meanwhile; the first begin before torch is imported.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING
 
+from loratools.io.draft import Draft
 from loratools.ops import _bake_run
-from loratools.ops._bake_run import Made, Meter, Options, Task, Writer
+from loratools.ops._bake_run import Meter, Options, Task, Writer
 from loratools.ops._bake_shards import ShardPlan
 from loratools.ops.checkpoint_results import BakedTensor
-
-if TYPE_CHECKING:
-    from loratools.engine import Engine
 
 _OPEN = 2  # files that tensors are computed for at a time
 _CLOSING = 2  # files that are complete, and waited for until they are on the disk
@@ -44,8 +41,7 @@ class Lanes:
     def __init__(
         self,
         shards: Sequence[ShardPlan],
-        place: Callable[[str], str],
-        finished: Callable[[str], None],
+        draft: Draft,
         options: Options,
         meter: Meter,
     ) -> None:
@@ -53,13 +49,11 @@ class Lanes:
 
         Args:
             shards: What to write.
-            place: Gives the path where a file of a name is to be written.
-            finished: Told the name of a file that is on the disk, by another thread.
+            draft: Has a place and a log for each file.
             options: How to compute.
             meter: Told how many bytes are done.
         """
-        self._place = place
-        self._finished = finished
+        self._draft = draft
         self._options = options
         self._meter = meter
         self._copied = [shard for shard in shards if shard.mode == "copy"]
@@ -83,7 +77,7 @@ class Lanes:
         try:
             for shard in self._copied:
                 writer = self._writer(shard)
-                self._copies.append(self._pools[0].submit(self._copy, writer, shard.name))
+                self._copies.append(self._pools[0].submit(self._copy, writer))
             self._fill()
         except BaseException:
             self._give_up()
@@ -102,18 +96,22 @@ class Lanes:
         finally:
             self._give_up()
 
-    def run(self, engine: Engine | None) -> list[BakedTensor]:
-        """Compute all tensors and put them into their files.
+    @property
+    def taken(self) -> tuple[int, int]:
+        """How many tensors and ranges an interrupted run had written, and their size in bytes."""
+        return sum(writer.taken for writer in self._writers), sum(
+            writer.taken_bytes for writer in self._writers
+        )
 
-        Args:
-            engine: Where to compute; None for this machine's threads, which place what they have computed themselves.
+    def run(self) -> list[BakedTensor]:
+        """Compute all tensors on this machine's threads, which put them into their files.
 
         Returns:
             What became of each tensor that adapters changed, file by file.
         """
         if not self._open:
             return []
-        with closing(self._results(engine)) as results:
+        with closing(self._results()) as results:
             for result in results:
                 lane = self._owners.popleft()
                 if result is not None:
@@ -124,21 +122,14 @@ class Lanes:
                 self._show(result.key if result is not None else "")
         return [each for lane in self._lanes for each in lane.found]
 
-    def _results(self, engine: Engine | None) -> Generator[BakedTensor | None]:
+    def _results(self) -> Generator[BakedTensor | None]:
         # Only now: while torch is imported, the copying goes on.
-        from loratools.engine.local import Local
+        from loratools.engine import local
         from loratools.io._load import Room
 
         options = _bake_run.usable(self._options)
-        if engine is None:
-            work = partial(_bake_run.work, options, Room())
-            yield from Local(options.threads).run(work, self._tasks())
-            return
-        made: Iterator[Made] = engine.run(
-            partial(_bake_run.made, options), (task for _, task in self._tasks())
-        )
-        for each in made:
-            yield _bake_run.put(self._owners[0].writer, each)
+        work = partial(_bake_run.work, options, Room())
+        yield from local.run(work, self._tasks(), threads=options.threads)
 
     def _tasks(self) -> Iterator[tuple[Writer, Task]]:
         """Tasks of the open files in turn."""
@@ -166,20 +157,17 @@ class Lanes:
                 self._complete(lane)
 
     def _writer(self, shard: ShardPlan) -> Writer:
-        writer = _bake_run.writer_for(shard, self._place(shard.name), self._options.store)
+        writer = _bake_run.writer_for(shard, self._draft.place(shard.name), self._options.store)
+        writer.journalled(self._draft.log(shard.name))
         self._writers.append(writer)
         return writer
 
     def _complete(self, lane: _Lane) -> None:
-        self._closing.append(self._pools[1].submit(self._close, lane.writer, lane.shard.name))
+        self._closing.append(self._pools[1].submit(lane.writer.finish))
 
-    def _copy(self, writer: Writer, name: str) -> None:
+    def _copy(self, writer: Writer) -> None:
         writer.start()
-        self._close(writer, name)
-
-    def _close(self, writer: Writer, name: str) -> None:
         writer.finish()
-        self._finished(name)
 
     def _settle(self, files: list[Future[None]], most: int) -> None:
         """Wait until no more than so many files are being closed; what went wrong with one is raised."""

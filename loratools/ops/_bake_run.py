@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from loratools.errors import NonFiniteError
+from loratools.io.base import Weight
 from loratools.io.rewrite import Computed, Copied, Restream, Rewrite
+from loratools.ops import _bake_records
 from loratools.ops._bake_shards import Cast, ShardPlan
 from loratools.ops._changes import Added, Change
 from loratools.ops.checkpoint_results import BakedTensor
@@ -16,6 +18,7 @@ from loratools.tensors import DTYPES, nbytes, torch_bytes
 if TYPE_CHECKING:
     import torch
 
+    from loratools.engine import Engine
     from loratools.io._load import Room
     from loratools.ops._bake_tensor import BakedData, BakeJob
 
@@ -48,18 +51,13 @@ class Meter:
     def __init__(self, total: int, report: Progress | None) -> None:
         self._total = total
         self._report = report
-        self._before = 0
         self._lock = threading.Lock()
 
     def show(self, name: str, done: int) -> None:
         """Report the bytes done of those that have to be written."""
         if self._report is not None:
             with self._lock:
-                self._report(name, min(self._before + done, self._total), self._total)
-
-    def skip(self, size: int) -> None:
-        """So many bytes need not be written."""
-        self._before += size
+                self._report(name, min(done, self._total), self._total)
 
 
 class Task(NamedTuple):
@@ -78,6 +76,47 @@ class Task(NamedTuple):
     scale: str = ""
     cast: Cast | None = None
     added: Added | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The tensors that it makes, in the order in which it gives them."""
+        if self.cast is not None:
+            return (self.cast.weight.key,)
+        return tuple(key for key in (self.key, self.scale) if key)
+
+    @property
+    def source(self) -> Weight:
+        """The tensor of the base that it begins with."""
+        if self.cast is not None:
+            return self.cast.weight
+        if self.added is not None:
+            return self.added.copied
+        assert self.change is not None
+        return self.change.weight
+
+    @property
+    def name(self) -> str:
+        """In the journal: the same in every run of the same output."""
+        return f"tensor {self.keys[0]}"
+
+    @property
+    def told(self) -> str:
+        """The key by which its result is told, or empty where it has none."""
+        return self.change.weight.key if self.change is not None and self.key else ""
+
+
+class Done(NamedTuple):
+    """What writing the files of a bake gave.
+
+    Attributes:
+        tensors: What became of each that adapters changed, file by file.
+        taken: How many tensors and ranges an interrupted run had written.
+        taken_bytes: Their size.
+    """
+
+    tensors: list[BakedTensor]
+    taken: int
+    taken_bytes: int
 
 
 class Made(NamedTuple):
@@ -115,11 +154,19 @@ def size_of(plan: ShardPlan, store: str | None) -> int:
     return sum(nbytes(shape, dtype) for _, dtype, shape in plan.sizes(store))
 
 
-def usable(options: Options) -> Options:
-    """The options with the device that "auto" means, or an error where the device is not there."""
+def usable(options: Options, engine: Engine | None = None) -> Options:
+    """The options with the device that is computed on.
+
+    Args:
+        options: As they were given.
+        engine: Where tensors are computed; None for this machine's threads.
+
+    Raises:
+        OptionError: The device is not there, or the engine computes elsewhere.
+    """
     from loratools.ops import _device
 
-    return options._replace(device=_device.usable(options.device, auto="cpu"))
+    return options._replace(device=_device.usable(_device.for_engine(options.device, engine)))
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -146,16 +193,18 @@ def tasks(plan: ShardPlan) -> Iterator[Task]:
 
 
 def work(options: Options, room: Room, task: tuple[Writer, Task]) -> BakedTensor | None:
-    """A task's result, put into its file; the memory that it lay in is used again."""
+    """A task's result, put into its file unless it is there; the memory that it lay in is used again."""
     writer, own = task
-    return put(writer, made(options, own, room))
-
-
-def put(writer: Writer, made: Made) -> BakedTensor | None:
-    """Write what one piece of work gave."""
-    for key, tensor in made.tensors:
-        writer.put(key, torch_bytes(tensor))
-    return made.result
+    said = _bake_records.read(writer.known(own.name), own.keys, key=own.told, summed=writer.summed)
+    if said is not None and writer.holds(own.keys, said.sums):
+        writer.keep(own.keys, said.crcs)
+        return said.result
+    found = made(options, own, room)
+    data = [torch_bytes(tensor) for _, tensor in found.tensors]
+    crcs = [writer.put(key, each) for (key, _), each in zip(found.tensors, data, strict=True)]
+    if writer.recording:
+        writer.note(own.name, _bake_records.record(data, crcs if writer.summed else (), found.result))
+    return found.result
 
 
 def made(options: Options, task: Task, room: Room | None = None) -> Made:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 
 from loratools import archs, io
 from loratools.errors import ShapeError, UnsupportedKindError
-from loratools.io.base import Base, Weight
+from loratools.io.base import Base, Weight, load
 from loratools.model import Module, Rows, Target
 from loratools.ops._base_parts import weights_of
 from loratools.ops._pieces import dialects, held
@@ -23,6 +25,8 @@ _TODO = "Give the base model that the adapter was trained on"
 class Weights:
     """What a base holds of an adapter's components; a context that closes the base's files.
 
+    Threads may share one, and a copy that was pickled opens files of its own when it needs them.
+
     Attributes:
         base: From :func:`loratools.io.base.keys_of`.
     """
@@ -33,6 +37,10 @@ class Weights:
         self._parts: dict[str, dict[str, Weight]] = {}
         self._files: dict[str, Mapping[str, TensorRef]] = {}
         self._open = ExitStack()
+        self._turn = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[Weights], tuple[Base, str]]:
+        return Weights, (self.base, self._arch.name)
 
     def __enter__(self) -> Weights:
         return self
@@ -49,6 +57,15 @@ class Weights:
             UnsupportedKindError: The base lacks the weight, or has it quantised.
             ShapeError: It is of another shape.
         """
+        with self._turn:
+            return self._of(module)
+
+    def rows_of(self, module: Module) -> Rowed:
+        """Where the rows lie that a module changes, to be loaded by whoever works on it.
+
+        Raises:
+            UnsupportedKindError: The base lacks the weight, or has it quantised.
+        """
         target = module.target
         pieces = self._pieces(target)
         if pieces is None:
@@ -57,13 +74,12 @@ class Weights:
                 keys=[ref.name for ref in module.factors.values() if ref.name],
                 todo=_TODO,
             )
-        whole: torch.Tensor | None = None
-        for weight, rows in pieces:
-            placed = take_rows(self._load(weight, module), rows, target.rows, str(target))
-            whole = placed if whole is None else whole + placed
-        assert whole is not None
-        _refuse_other_shape(module, whole)
-        return whole
+        for weight, _ in pieces:
+            _refuse_quantised(weight, module)
+        return Rowed(tuple(pieces))
+
+    def _of(self, module: Module) -> torch.Tensor:
+        return _assembled(self.rows_of(module), module, self._load)
 
     def shape_of(self, module: Module) -> tuple[int, ...] | None:
         """The shape of what a module changes as the base has it, or None where it does not tell."""
@@ -88,20 +104,62 @@ class Weights:
         found = held(table, part, target, order)
         return None if found is None else [(part[each.path], each.rows) for each in found]
 
-    def _load(self, weight: Weight, module: Module) -> torch.Tensor:
-        if not _readable(weight):
-            raise UnsupportedKindError(
-                f"{module.target}: the base holds it as {weight.dtype}, quantised",
-                keys=[weight.key],
-                todo="Give the base model in float32, float16 or bfloat16",
-            )
+    def _load(self, weight: Weight) -> torch.Tensor:
         if weight.file not in self._files:
             self._files[weight.file] = self._open.enter_context(io.open_tensors(weight.file)).tensors
-        loaded = self._files[weight.file][weight.key].load()
-        # Embeddings and GPT-2's Conv1D; where the adapter does not say so, their shapes may.
-        said = module.shape
-        turned = said is not None and tuple(loaded.shape) != said and tuple(loaded.shape) == said[::-1]
-        return loaded.t() if loaded.dim() == 2 and (module.in_first or turned) else loaded
+        return self._files[weight.file][weight.key].load()
+
+
+class Rowed(NamedTuple):
+    """Where the rows lie that a module changes: names and places in files, which can be sent anywhere.
+
+    Attributes:
+        pieces: The base's weights, and which rows of the whole each of them is.
+    """
+
+    pieces: tuple[tuple[Weight, Rows | None], ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of these weights, as stored."""
+        return sum(weight.nbytes for weight, _ in self.pieces)
+
+    def load(self, module: Module) -> torch.Tensor:
+        """The rows of the base weight, as by ``Weights.of``.
+
+        Raises:
+            ShapeError: The weight is of another shape.
+            LoraError: It cannot be read.
+        """
+        return _assembled(self, module, load)
+
+
+def _assembled(rowed: Rowed, module: Module, read: Callable[[Weight], torch.Tensor]) -> torch.Tensor:
+    target = module.target
+    whole: torch.Tensor | None = None
+    for weight, rows in rowed.pieces:
+        placed = take_rows(_turned(read(weight), module), rows, target.rows, str(target))
+        whole = placed if whole is None else whole + placed
+    assert whole is not None
+    _refuse_other_shape(module, whole)
+    return whole
+
+
+def _turned(loaded: torch.Tensor, module: Module) -> torch.Tensor:
+    """The weight as (out, in)."""
+    # Embeddings and GPT-2's Conv1D; where the adapter does not say so, their shapes may.
+    said = module.shape
+    turned = said is not None and tuple(loaded.shape) != said and tuple(loaded.shape) == said[::-1]
+    return loaded.t() if loaded.dim() == 2 and (module.in_first or turned) else loaded
+
+
+def _refuse_quantised(weight: Weight, module: Module) -> None:
+    if not _readable(weight):
+        raise UnsupportedKindError(
+            f"{module.target}: the base holds it as {weight.dtype}, quantised",
+            keys=[weight.key],
+            todo="Give the base model in float32, float16 or bfloat16",
+        )
 
 
 def _readable(weight: Weight) -> bool:

@@ -14,16 +14,19 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from loratools.engine import local
+from loratools.engine import Engine, Item, Plan, local
+from loratools.engine.local import Local
 from loratools.kinds import lora
 from loratools.model import Module
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+Given = TypeVar("Given", contravariant=True)
+Made = TypeVar("Made", covariant=True)
 
 # Bytes of float64 factors: of one batch, unless it is a single module; and of all that are under way. Decomposing them
 # takes about six times as much.
@@ -118,6 +121,109 @@ def run(
     held = partial(_held, size)
     for results in local.run(done, batches, threads=threads, size=held, most=_UNDER_WAY):
         yield from results
+
+
+class Work(Protocol[Given, Made]):
+    """What is done with tasks, of which several can share a batch on a device."""
+
+    def __call__(self, task: Given, /) -> Made:
+        """The result of one task, where it says."""
+
+    def together(self, tasks: Sequence[Given], device: str, /) -> Sequence[Made]:
+        """The results of tasks that share a batch, on a device."""
+
+    def alone(self, task: Given, /) -> Made:
+        """The result of one task by the CPU."""
+
+    def alike(self, task: Given, /) -> Hashable:
+        """What tasks have in common that can share a batch; None of one that cannot."""
+
+    def size(self, task: Given, /) -> int:
+        """Bytes of float64 factors."""
+
+
+class OnDevices(NamedTuple):
+    """An engine of this machine's accelerators, for plans whose ``work`` is a ``Work``: tasks go there in batches.
+
+    Attributes:
+        devices: Those that share the work.
+        batch: Bytes of float64 factors that are worked on together.
+        threads: How many batches are worked on side by side on a single device, a count; None for one per processor.
+            Several have one batch each.
+    """
+
+    devices: tuple[str, ...]
+    batch: int
+    threads: int | None = None
+
+    @classmethod
+    def of(cls, engine: Engine | None, device: str, batch: int, threads: int | None) -> OnDevices | None:
+        """The engine for the devices of another one, or for a device that works in batches; None for neither."""
+        devices = () if engine is None else engine.devices
+        if devices:
+            return cls(devices, batch_bytes(devices[0]), threads)
+        return (
+            cls((device,), batch, threads) if batch and not (engine is not None and engine.remote) else None
+        )
+
+    @property
+    def remote(self) -> bool:
+        """Tasks run in this process."""
+        return False
+
+    @property
+    def device_kind(self) -> str:
+        """That of its devices."""
+        return self.devices[0].partition(":")[0]
+
+    def run(self, plan: Plan[Task, Result]) -> Iterator[tuple[int, Result]]:
+        """The number of each task with its result, in any order."""
+        work: Any = plan.work
+        numbered = list(enumerate(plan.tasks))
+        batches = gathered(
+            numbered, lambda each: work.alike(each[1]), lambda each: work.size(each[1]), self.batch
+        )
+        if len(self.devices) == 1:
+            for (number, _), result in self._streamed(work, batches):
+                yield number, result
+            return
+        items = [
+            Item(str(number), memory=sum(work.size(task) for _, task in batch))
+            for number, batch in enumerate(batches)
+        ]
+        shares = [_Share(work, batch) for batch in batches]
+        for _, results in Local(devices=self.devices).run(Plan(_shared, shares, items, bind=_share_bound)):
+            yield from results
+
+    def _streamed(self, work: Any, batches: Sequence[list[tuple[int, Any]]]) -> Iterator[tuple[Any, Any]]:
+        """On one device, several batches side by side."""
+        (device,) = self.devices
+        return run(
+            lambda batch: work.together([task for _, task in batch], device),
+            lambda each: work.alone(each[1]),
+            batches,
+            device,
+            size=lambda each: work.size(each[1]),
+            threads=self.threads,
+        )
+
+
+class _Share(NamedTuple):
+    """A batch for the device that takes it."""
+
+    work: Any
+    batch: list[tuple[int, Any]]
+    device: str = "cpu"
+
+
+def _share_bound(share: _Share, device: str) -> _Share:
+    return share._replace(device=device)
+
+
+def _shared(share: _Share) -> list[tuple[int, Any]]:
+    """The results of a batch by the number of their tasks, on its own device."""
+    found = OnDevices((share.device,), 0)._streamed(share.work, [share.batch])
+    return [(number, result) for (number, _), result in found]
 
 
 def _held(size: Callable[[Task], int], batch: list[Task]) -> int:

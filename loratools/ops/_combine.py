@@ -26,13 +26,14 @@ class Combined:
     """What became of one target.
 
     Attributes:
-        module: The merged module; None where ``nonfinite`` says why not.
+        module: The merged module; None where ``nonfinite`` says why not, or it is to be carried.
         sources: Positions of the inputs that contributed.
         energy: The fraction retained of Σσ² of the method's own full-rank result; None where a module was carried.
         size: ‖ΔW‖_F² of the method's result.
         nonfinite: Keys of factors that hold NaN or Inf, each with the position of its input.
         note: What the caller should know of this target, or empty.
         remark: What the caller should know of how it was computed, which may hold for many targets; or empty.
+        carried: Whether the one module that contributes goes over as it is; ``completed`` puts it in.
     """
 
     module: Module | None
@@ -42,6 +43,7 @@ class Combined:
     nonfinite: tuple[tuple[int, str], ...] = ()
     note: str = ""
     remark: str = ""
+    carried: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,6 +90,9 @@ def combine(asked: Request, target: Target, contributions: Sequence[Contribution
         contributions: The inputs' modules there, and those of the protected adapters, whose positions come after all
             of the inputs'.
 
+    Returns:
+        The result; of a module that is carried, without it.
+
     Raises:
         NonFiniteError: The result does not fit the store dtype.
         LoraError: The method refuses.
@@ -131,7 +136,7 @@ def prepared(asked: Request, begun: Begun, factors: Sequence[Factors]) -> Combin
     own, guarded = factors[: len(active)], factors[len(active) :]
     if len(active) == 1 and _carries(asked, active[0], styles):
         size = active[0].module.scale ** 2 * _energy_of(own[0].to(COMPUTE))
-        return Combined(_carried(active[0].module, asked, target), sources, size=size)
+        return Combined(None, sources, size=size, carried=True)
     if bad:
         # Nothing can be decomposed that holds NaN: side by side, the factors keep it where it was.
         weights = [weight_of(asked, each) * each.module.scale for each in active]
@@ -245,6 +250,23 @@ def _is_identity(method: methods.Method, options: methods.Options) -> bool:
 
 def _held(asked: Request) -> frozenset[str]:
     return formats.get(asked.layout.name).roles
+
+
+def completed(
+    asked: Request, target: Target, contributions: Sequence[Contribution], result: Combined
+) -> Combined:
+    """A result with the module that it carries, where it is no new one; whoever merged it may be elsewhere.
+
+    Args:
+        asked: What was asked for, with its inputs.
+        target: The weight.
+        contributions: As for ``combine``.
+        result: From ``combine``.
+    """
+    if not result.carried:
+        return result
+    (active,) = begin(asked, target, contributions).active
+    return replace(result, module=_carried(active.module, asked, target), carried=False)
 
 
 def _carried(module: Module, asked: Request, target: Target) -> Module:

@@ -7,55 +7,17 @@ several weights at once.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 from loratools import methods
 from loratools.maths.lowrank import Factors
-from loratools.model import Target
 from loratools.ops import _batching, _combine
 from loratools.ops._combine import Begun, Combined, Ready
 from loratools.ops._request import Request
-from loratools.ops.align import Contribution
 
 
-def run(
-    asked: Request,
-    targets: Mapping[Target, Sequence[Contribution]],
-    *,
-    batch: int,
-    threads: int | None = None,
-) -> Iterator[tuple[Target, Combined]]:
-    """``_combine.combine`` of every target.
-
-    Args:
-        asked: What was asked for.
-        targets: With the contributions to each.
-        batch: Bytes of float64 factors that are worked on together.
-        threads: How many batches are worked on side by side, a count; None for one per processor.
-
-    Yields:
-        Each target with its result, in no order.
-
-    Raises:
-        NonFiniteError: A result does not fit the store dtype.
-        LoraError: The method refuses.
-    """
-
-    def together(begun: list[Begun]) -> list[Combined]:
-        return _combined(asked, begun)
-
-    def alone(begun: Begun) -> Combined:
-        return _combine.combine(replace(asked, device="cpu"), begun.target, targets[begun.target])
-
-    all_begun = (_combine.begin(asked, target, found) for target, found in targets.items())
-    batches = _batching.gathered(all_begun, _alike, _size, batch)
-    results = _batching.run(together, alone, batches, asked.device, size=_size, threads=threads)
-    for begun, result in results:
-        yield begun.target, result
-
-
-def _alike(begun: Begun) -> Hashable:
+def alike(begun: Begun) -> Hashable:
     """What targets have in common that can share a batch; None of one whose rows have to be taken or padded."""
     if not all(each.whole for each in begun.needed):
         return None
@@ -65,11 +27,17 @@ def _alike(begun: Begun) -> Hashable:
     )
 
 
-def _size(begun: Begun) -> int:
-    return sum(_batching.module_bytes(each.module) for each in begun.needed)
+def combined(asked: Request, batch: Sequence[Begun]) -> list[Combined]:
+    """``_combine.combine`` of targets that share a batch.
 
+    Args:
+        asked: What was asked for; its device computes.
+        batch: Of one make-up, see ``alike``.
 
-def _combined(asked: Request, batch: Sequence[Begun]) -> list[Combined]:
+    Raises:
+        NonFiniteError: A result does not fit the store dtype.
+        LoraError: The method refuses.
+    """
     found = [
         _combine.prepared(asked, begun, pairs)
         for begun, pairs in zip(batch, _sent(batch, asked.device), strict=True)

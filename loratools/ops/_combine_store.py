@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
+from loratools.engine.kept import held
 from loratools.errors import NonFiniteError
 from loratools.maths.lowrank import Factors
 from loratools.model import Module, Target
 from loratools.ops._request import Request
 from loratools.ops.align import Contribution
-from loratools.tensors import DTYPES, TensorRef, from_torch
+from loratools.tensors import DTYPES, TensorRef
 
 # float16 loses digits below 6e-5; factors of a usual adapter are far larger.
 _SMALL = 1e-3
@@ -111,4 +112,4 @@ def _store(tensor: torch.Tensor, dtype: str, target: Target, asked: Request) -> 
             f"{target}: merged values up to {tensor.abs().max().item():.3g} do not fit {dtype}",
             todo="Choose --dtype float32 or bfloat16",
         )
-    return from_torch("", after)
+    return held("", after)

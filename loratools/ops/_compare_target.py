@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 from loratools import kinds
+from loratools.engine import Item
 from loratools.errors import UnsupportedKindError
 from loratools.kinds import experts, lora
 from loratools.maths.lowrank import COMPUTE, Factors, stack
@@ -18,6 +19,9 @@ from loratools.ops._base_weights import Weights
 from loratools.ops._compare_matrix import Details, Matrix, block_diagonal, compare_matrix
 from loratools.ops.align import Contribution
 from loratools.ops.as_lora import to_lora
+
+_COPIES = 4  # of the factors in float64, that are held at a time
+_PRODUCTS = 4  # of all columns with each other: inner products, distances, and the bases of two spaces
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +35,6 @@ class Job:
         detailed: Whether spaces and signs are compared too.
         rows: How many rows of ΔW the sign conflict rests on, a count; 0 for all.
         angles: Whether the smallest principal angles are wanted.
-        lock: Held while the base is read, which threads share.
     """
 
     weights: tuple[float, ...]
@@ -40,7 +43,20 @@ class Job:
     detailed: bool
     rows: int
     angles: bool
-    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Task(NamedTuple):
+    """One target.
+
+    Attributes:
+        target: The base weight.
+        contributions: What the inputs bring to it.
+        device: Where to compute; empty for the job's.
+    """
+
+    target: Target
+    contributions: tuple[Contribution, ...]
+    device: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,6 +80,34 @@ class TargetFigures:
     details: Details | None = None
     nonfinite: tuple[tuple[int, str], ...] = ()
     refused: tuple[tuple[int, str], ...] = ()
+
+
+def work(job: Job, task: Task) -> TargetFigures:
+    """The figures of one target: a pure function of plain values, which may run in another process."""
+    own = replace(job, device=task.device) if task.device else job
+    return compare_target(own, task.target, task.contributions)
+
+
+def bound(task: Task, device: str) -> Task:
+    """The task for a device."""
+    return task._replace(device=device)
+
+
+def item(task: Task) -> Item:
+    """What comparing on one target costs an executor.
+
+    Factors are stacked side by side in float64, and a few products of (rank, rank) are made of all their columns.
+    """
+    refs = [ref for each in task.contributions for _, ref in each.module.tensors()]
+    wide = COMPUTE.itemsize * sum(math.prod(ref.shape) for ref in refs)
+    columns = sum(each.module.rank or 1 for each in task.contributions)
+    return Item(
+        str(task.target),
+        read=sum(ref.nbytes for ref in refs),
+        memory=_COPIES * wide,
+        cost=2.0 * _PRODUCTS * columns * wide / COMPUTE.itemsize,
+        kind="compare",
+    )
 
 
 def compare_target(job: Job, target: Target, contributions: Sequence[Contribution]) -> TargetFigures:
@@ -128,8 +172,7 @@ def _as_lora(job: Job, module: Module) -> Module:
         return module
     weight = None
     if job.base is not None and needs_base(module):
-        with job.lock:
-            weight = job.base.of(module)
+        weight = job.base.of(module)
     return to_lora(module, base=weight, dtype="F64").module
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from loratools.engine import Engine
 from loratools.errors import OptionError
 from loratools.model import Module
 from loratools.tensors import LazySource, TensorRef, from_torch
@@ -34,6 +35,40 @@ def usable(name: str, *, auto: str = "cpu", wanted: torch.dtype = torch.float32)
         expected=problem,
         todo="Choose auto, or leave --device away",
     )
+
+
+def elsewhere(name: str) -> str:
+    """Where tasks compute that an engine sends, unless it has devices of its own to give: the CPU.
+
+    Raises:
+        OptionError: A device of this machine is asked for.
+    """
+    if name in ("auto", "cpu"):
+        return "cpu"
+    raise OptionError(
+        f"the device {name!r} and an engine are both given",
+        expected="An engine computes where it sends the work",
+        todo="Leave one of them away; an engine can have devices of its own",
+    )
+
+
+def for_engine(name: str, engine: Engine | None) -> str:
+    """The device that an operation is asked for, seen from the engine that runs its tasks.
+
+    Args:
+        name: As for ``usable``.
+        engine: Or None.
+
+    Returns:
+        The name where the tasks run here; the first of the engine's own devices, where it has any; else the CPU.
+
+    Raises:
+        OptionError: A device of this machine is asked for, and the engine sends tasks elsewhere or to its own devices.
+    """
+    if engine is None or not engine.device_kind:
+        return name
+    there = elsewhere(name)
+    return engine.devices[0] if engine.devices else there
 
 
 def has_float64(device: str) -> bool:

@@ -54,13 +54,35 @@ def difference(job: Job, *, reuse: bool = False) -> Difference | None:
     Raises:
         NonFiniteError: NaN or Inf in one of the checkpoints.
     """
-    found = _by_pieces(job, reuse) if _is_plain(job) else _whole(job)
+    if not is_plain(job):
+        found = _whole(job)
+    elif _same_sides(job):
+        return None
+    else:
+        count = math.prod(job.shape)
+        flat = _room.of(4 * count).view(torch.float32) if reuse else torch.empty(count)
+        found = _by_pieces(job, flat)
     if found is not None and not math.isfinite(found.norm):
         raise _nonfinite(job)
     return found
 
 
-def _is_plain(job: Job) -> bool:
+def distance(job: Job) -> float:
+    """‖tuned − base‖, Frobenius; 0 where the bytes are the same. Of a plain job it is never whole in memory.
+
+    Raises:
+        NonFiniteError: NaN or Inf in one of the checkpoints.
+    """
+    if not is_plain(job):
+        found = difference(job, reuse=True)
+        return 0.0 if found is None else found.norm
+    norm = 0.0 if _same_sides(job) else math.sqrt(_sums(job, None)[0])
+    if not math.isfinite(norm):
+        raise _nonfinite(job)
+    return norm
+
+
+def is_plain(job: Job) -> bool:
     """Whether both sides are stored alike and in one piece each, so that they can be read a little at a time."""
     piece = job.tuned[0]
     sides = (job.base, piece)
@@ -75,28 +97,46 @@ def _is_plain(job: Job) -> bool:
     )
 
 
-def _by_pieces(job: Job, reuse: bool) -> Difference | None:
-    """The difference of two plain tensors: neither side is ever whole in memory, and pieces stay in the cache."""
+def _sides(job: Job) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+    """A little of both sides of a plain job at a time, the tuned one first, with where it lies among all values."""
     count = math.prod(job.shape)
     base, tuned = (side.weight._replace(shape=(count,)) for side in (job.base, job.tuned[0]))
-    pieces = [(start, min(start + _PIECE, count)) for start in range(0, count, _PIECE)]
+    for start in range(0, count, _PIECE):
+        stop = min(start + _PIECE, count)
+        one = io_base.load_rows(tuned, start, stop, _tuned_room)
+        yield start, stop, one, io_base.load_rows(base, start, stop, _base_room)
 
-    def sides() -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
-        for start, stop in pieces:
-            one = io_base.load_rows(tuned, start, stop, _tuned_room)
-            yield start, stop, one, io_base.load_rows(base, start, stop, _base_room)
 
-    if base.dtype == tuned.dtype and all(_same_bytes(one, other) for _, _, one, other in sides()):
-        return None
-    flat = _room.of(4 * count).view(torch.float32) if reuse else torch.empty(count)
-    energy = rounding = 0.0
-    for start, stop, one, other in sides():
-        wide = other.float()
-        part = flat[start:stop].copy_(one).sub_(wide)
-        energy += square_of(part)
-        rounding += square_of(wide) if base.dtype == "F32" else 0.0
+def _same_sides(job: Job) -> bool:
+    """Whether both sides of a plain job are the same bytes."""
+    if job.base.weight.dtype != job.tuned[0].weight.dtype:
+        return False
+    return all(_same_bytes(one, other) for _, _, one, other in _sides(job))
+
+
+def _by_pieces(job: Job, flat: torch.Tensor) -> Difference:
+    """The difference of two plain tensors: neither side is ever whole in memory, and pieces stay in the cache."""
+    energy, rounding = _sums(job, flat)
     norm = math.sqrt(energy) if energy >= 0.0 else math.nan
     return Difference(flat.reshape(job.matrix), norm, _meaningful(2.0**-24 * math.sqrt(rounding), norm))
+
+
+def _sums(job: Job, flat: torch.Tensor | None) -> tuple[float, float]:
+    """‖tuned − base‖² of a plain job, and ‖base‖² of one in float32, 0 of others.
+
+    Args:
+        job: What is compared.
+        flat: Takes the difference, (values,) float32; None where nobody wants it.
+    """
+    energy = rounding = 0.0
+    least = torch.empty(min(_PIECE, math.prod(job.shape))) if flat is None else flat
+    for start, stop, one, other in _sides(job):
+        wide = other.float()
+        at = 0 if flat is None else start
+        part = least[at : at + stop - start].copy_(one).sub_(wide)
+        energy += square_of(part)
+        rounding += square_of(wide) if job.base.weight.dtype == "F32" else 0.0
+    return energy, rounding
 
 
 def _whole(job: Job) -> Difference | None:
@@ -109,8 +149,8 @@ def _whole(job: Job) -> Difference | None:
             return None
         parts = _subtracted(tuned.reshape(base.shape), base)
     else:
-        wide = _upcast(base, job.base)
-        parts = _subtracted(_assembled(job, wide), wide.reshape(job.matrix))
+        wide = _upcast(base, job.base).reshape(job.matrix)
+        parts = _subtracted(_assembled(job, wide), wide)
     matrix = parts.reshape(job.matrix)
     norm = norm_of(matrix)
     noise = 2.0**-24 * norm_of(base) if base.dtype == torch.float32 else 0.0
@@ -167,12 +207,22 @@ def _upcast(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
 
 def _assembled(job: Job, like: torch.Tensor) -> torch.Tensor:
     """The tuned rows of the base's weight, put together; rows that the tuned checkpoint lacks are the base's."""
+    if is_one_piece(job):  # which need not be put into anything
+        (piece,) = job.tuned
+        return _upcast(io_base.load(piece.weight), piece).reshape(job.matrix).to(like.dtype)
     whole = like.clone()
-    flat = whole.reshape(job.matrix)
     for piece in job.tuned:
         for (start, stop, _), values in zip(piece.spans, _rows(piece), strict=True):
-            flat[start:stop] = values.reshape(stop - start, -1)
-    return flat
+            whole[start:stop] = values.reshape(stop - start, -1)
+    return whole
+
+
+def is_one_piece(job: Job) -> bool:
+    """Whether the tuned checkpoint has the base's weight as one tensor, row for row."""
+    (piece, *others) = job.tuned
+    rows = job.shape[0]
+    whole = math.prod(piece.weight.shape) == math.prod(job.shape)
+    return not others and whole and tuple(piece.spans) == ((0, rows, 0),)
 
 
 def _rows(piece: Piece) -> Iterator[torch.Tensor]:

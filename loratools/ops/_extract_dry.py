@@ -4,52 +4,41 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from statistics import median
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from loratools.engine import local
-from loratools.ops import _extract_run
-from loratools.ops._extract_jobs import Work, job_bytes
-from loratools.ops._extract_modules import Kept
+from loratools.engine import Plan
+from loratools.engine.predict import measure
+from loratools.io import storage
+from loratools.ops import _extract_on, _extract_run, _prediction
+from loratools.ops._extract_jobs import Work
+from loratools.ops._extract_modules import Extracted, Parted
 from loratools.ops._extract_report import blank
 from loratools.ops._extract_tensor import FACTORS, FULL, Found, Job, extract_tensor
 from loratools.ops.checkpoint_results import ExtractedModule, ExtractReport
+from loratools.ops.prediction_results import Estimate
 from loratools.tensors import DTYPES, LazySource, TensorRef
 
 if TYPE_CHECKING:
     from loratools.ops._extract_run import Extraction
 
-# Shapes that are tried, those first that make up most of the work.
+# Shapes whose ranks are found out by decomposing one of each, those first that make up most of the work.
 _SAMPLES = 4
+_WITHIN = 2.0  # seconds that it may take; the first is decomposed in any case
 
 
-class _Sample(NamedTuple):
-    """One matrix that was tried.
-
-    Attributes:
-        seconds: How long it took, reading included.
-        rank: What the rule gave, a count; 0 where the matrix did not change.
-        bytes: How many were read for it.
-    """
-
-    seconds: float
-    rank: int
-    bytes: int
-
-
-def report(planned: Extraction) -> ExtractReport:
+def report(planned: Extraction, *, planning: float = 0.0) -> ExtractReport:
     """What would be written and how long it would take, were all weights changed as the sampled ones are.
 
     The modules have no norms: their differences were not computed.
+
+    Args:
+        planned: What is to be done.
+        planning: Seconds that it took to plan it, and will again.
     """
-    groups: dict[tuple[int, int], list[Job]] = {}
-    for job in planned.work.jobs:
-        if job.task == FACTORS:
-            groups.setdefault(job.matrix, []).append(job)
-    heavy = sorted(groups.values(), key=lambda jobs: -len(jobs) * _effort(jobs[0]))[:_SAMPLES]
-    sampled = {jobs[0].matrix: _tried(_affordable(planned, jobs[0])) for jobs in heavy}
-    ranks = _ranks(planned, sampled)
-    kept = placeholders(planned.work, ranks)
+    jobs = [_affordable(planned, job) for job in planned.work.jobs]
+    kept = placeholders(planned.work, _ranks(jobs))
     size = _extract_run.size_of(planned, kept) if kept else 0
     if planned.options.kind == "size":
         size = min(size, int(planned.options.value))
@@ -57,8 +46,61 @@ def report(planned: Extraction) -> ExtractReport:
         modules=tuple(_module(each) for each in kept),
         bytes=size,
         energy=0.0,
-        estimate=_seconds(planned, sampled),
+        estimate=_estimate(planned, jobs, size, planning),
     )
+
+
+def _estimate(planned: Extraction, jobs: list[Job], size: int, planning: float) -> Estimate:
+    """What the jobs would take where they would be done, and writing so many bytes of an adapter in the end."""
+    plan = _extract_on.plan_of(jobs, apart=planned.engine is not None and planned.engine.remote)
+    files = [shard.path for side in (planned.base, planned.tuned) for shard in side.base.shards]
+    output = planned.output or None
+    rates = measure(
+        _on_device(plan, planned.device),
+        inputs=[path for path in files if not storage.is_url(path)],
+        output=output,
+        size=size,
+        planning=planning,
+        workers=_prediction.workers_of(planned.engine, planned.threads),
+    )
+    return _prediction.estimate(
+        plan, rates, planned.engine, planned.threads, assembled=size if output is not None else 0
+    )
+
+
+def _on_device(plan: Plan[_extract_on.Task, Parted], device: str) -> Plan[_extract_on.Task, Parted]:
+    """The plan as the device would run it: what is tried is tried there."""
+    if device == "cpu" or plan.bind is None:
+        return plan
+    return replace(plan, tasks=[plan.bind(task, device) for task in plan.tasks])
+
+
+def _ranks(jobs: list[Job]) -> dict[int, int]:
+    """The rank of each module: as the rule states it, or as was found for its shape, or for most others."""
+    groups: dict[tuple[int, int], list[Job]] = {}
+    for job in jobs:
+        if job.task == FACTORS:
+            groups.setdefault(job.matrix, []).append(job)
+    found = _tried(sorted(groups.values(), key=lambda alike: -len(alike) * _effort(alike[0])))
+    usual = int(median(found.values())) if found else 1
+    ranks: dict[int, int] = {}
+    for job in jobs:
+        if job.task == FACTORS:
+            stated = int(job.rule.value) if job.rule is not None and job.rule.kind == "rank" else None
+            rank = found.get(job.matrix, usual) if stated is None else stated
+            ranks[job.number] = max(1, min(rank, *job.matrix))
+    return ranks
+
+
+def _tried(groups: list[list[Job]]) -> dict[tuple[int, int], int]:
+    """The ranks that a rule gives the first of some shapes, as far as they change and time allows."""
+    found: dict[tuple[int, int], int] = {}
+    ends = time.monotonic() + _WITHIN
+    for job, *_ in groups[:_SAMPLES]:
+        if (job.rule is None or job.rule.kind != "rank") and (not found or time.monotonic() < ends):
+            rank = len(extract_tensor(job).sigma)
+            found.update({job.matrix: rank} if rank else {})
+    return found
 
 
 def _effort(job: Job) -> int:
@@ -75,53 +117,21 @@ def _affordable(planned: Extraction, job: Job) -> Job:
     return job._replace(rule=job.rule._replace(value=min(rank, job.rule.value)))
 
 
-def _tried(job: Job) -> _Sample:
-    started = time.monotonic()
-    found = extract_tensor(job)
-    return _Sample(time.monotonic() - started, len(found.sigma), job_bytes(job))
-
-
-def _ranks(planned: Extraction, sampled: dict[tuple[int, int], _Sample]) -> dict[int, int]:
-    """The rank of each module: its own shape's, or what the sampled shapes have in the middle."""
-    changed = [each.rank for each in sampled.values() if each.rank]
-    usual = int(median(changed)) if changed else 1
-    found: dict[int, int] = {}
-    for job in planned.work.jobs:
-        if job.task == FACTORS:
-            like = sampled.get(job.matrix)
-            rank = like.rank if like is not None and like.rank else usual
-            found[job.number] = max(1, min(rank, *job.matrix))
-    return found
-
-
-def _seconds(planned: Extraction, sampled: dict[tuple[int, int], _Sample]) -> float:
-    """By shape where it was tried; of other shapes by the sampled seconds per byte."""
-    known, rest = 0.0, 0
-    for job in planned.work.jobs:
-        like = sampled.get(job.matrix) if job.task == FACTORS else None
-        known += like.seconds if like is not None else 0.0
-        rest += job_bytes(job) if like is None else 0
-    read = sum(each.bytes for each in sampled.values())
-    rate = sum(each.seconds for each in sampled.values()) / read if read else 0.0
-    threads = planned.threads or local.default_threads()
-    return (known + rest * rate) / threads
-
-
-def placeholders(work: Work, ranks: dict[int, int] | None = None) -> list[Kept]:
+def placeholders(work: Work, ranks: dict[int, int] | None = None) -> list[Extracted]:
     """Results as they would be, with zeros for data; of rank 1 unless told otherwise."""
     return list(_placeholders(work, ranks or {}))
 
 
-def _placeholders(work: Work, ranks: dict[int, int]) -> Iterable[Kept]:
+def _placeholders(work: Work, ranks: dict[int, int]) -> Iterable[Extracted]:
     for job in work.jobs:
         stored = work.pairs[job.number].stored
         if job.task == FULL:
-            yield Kept(stored, Found(job.number), full=_zeros(stored.shape, job.store))
+            yield Extracted(stored, Found(job.number), full=_zeros(stored.shape, job.store))
         elif job.task == FACTORS:
             rank = ranks.get(job.number, 1)
             found = Found(job.number, sigma=(0.0,) * rank)
             up, down = (_zeros((rank, side), job.store) for side in job.matrix)
-            yield Kept(stored, found, up, down)
+            yield Extracted(stored, found, up, down)
 
 
 def _zeros(shape: tuple[int, ...], dtype: str) -> TensorRef:
@@ -131,7 +141,7 @@ def _zeros(shape: tuple[int, ...], dtype: str) -> TensorRef:
     return TensorRef("", shape, dtype, LazySource(lambda: torch.zeros(shape, dtype=kind)))
 
 
-def _module(kept: Kept) -> ExtractedModule:
+def _module(kept: Extracted) -> ExtractedModule:
     stored, full = kept.stored, kept.full is not None
     rank = None if full else kept.rank
     return ExtractedModule(

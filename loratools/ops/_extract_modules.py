@@ -3,42 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-import torch
-
+from loratools.engine.kept import head, held
 from loratools.model import Module, Target
 from loratools.ops._extract_pairs import EMBEDDING, NORM, Stored
 from loratools.ops._extract_tensor import Found
 from loratools.ops._identify import is_conv1d
-from loratools.tensors import LazySource, TensorRef, from_torch
+from loratools.tensors import LazySource, TensorRef
 
 _CONV = 3  # axes of the simplest
 
 
-class Store(Protocol):
-    """Where results wait until they are written."""
+class Parted(NamedTuple):
+    """A result, and its tensors where they can be moved to the disk.
 
-    def put(self, tensor: torch.Tensor, name: str = "") -> TensorRef:
-        """Keep a tensor, and return what loads it again."""
+    Attributes:
+        found: The result; its tensors are None.
+        up: (rank, out), transposed so that its first rows are a smaller rank's; or None.
+        down: (rank, in·kh·kw), or None.
+        full: The difference itself, or None.
+    """
 
-    def head(self, ref: TensorRef, rows: int) -> TensorRef:
-        """The first rows of a tensor that was put."""
-
-
-class Memory:
-    """Results that stay in memory, for an adapter that is not written."""
-
-    def put(self, tensor: torch.Tensor, name: str = "") -> TensorRef:
-        """Keep a tensor as it is."""
-        return from_torch(name, tensor)
-
-    def head(self, ref: TensorRef, rows: int) -> TensorRef:
-        """The first rows of a tensor."""
-        return from_torch(ref.name, ref.load()[:rows])
+    found: Found
+    up: TensorRef | None = None
+    down: TensorRef | None = None
+    full: TensorRef | None = None
 
 
-class Kept(NamedTuple):
+def parted(found: Found) -> Parted:
+    """A result without its tensors, and those."""
+    refs = (held("", tensor) if tensor is not None else None for tensor in (found.up, found.down, found.full))
+    return Parted(found._replace(up=None, down=None, full=None), *refs)
+
+
+class Extracted(NamedTuple):
     """One result without its data.
 
     Attributes:
@@ -67,36 +66,27 @@ class Kept(NamedTuple):
         return sum(ref.nbytes // ref.shape[0] for ref in refs)
 
 
-def keep(stored: Stored, found: Found, store: Store) -> Kept:
-    """Put a result's tensors away."""
-    up, down, full = (
-        store.put(tensor) if tensor is not None else None for tensor in (found.up, found.down, found.full)
-    )
-    return Kept(stored, found._replace(up=None, down=None, full=None), up, down, full)
-
-
-def modules(kept: Iterable[Kept], ranks: Mapping[int, int], store: Store) -> dict[Target, Module]:
+def modules(kept: Iterable[Extracted], ranks: Mapping[int, int]) -> dict[Target, Module]:
     """Modules of results; a bias goes with the weight beside it.
 
     Args:
         kept: In the order of the result.
         ranks: By job number, of those that have fewer than there are; a count.
-        store: Where their data lies.
     """
-    groups: dict[Target, list[Kept]] = {}
+    groups: dict[Target, list[Extracted]] = {}
     for each in kept:
         groups.setdefault(each.stored.target, []).append(each)
-    return {target: _module(target, group, ranks, store) for target, group in groups.items()}
+    return {target: _module(target, group, ranks) for target, group in groups.items()}
 
 
-def _module(target: Target, group: list[Kept], ranks: Mapping[int, int], store: Store) -> Module:
+def _module(target: Target, group: list[Extracted], ranks: Mapping[int, int]) -> Module:
     weight = next((each for each in group if each.up is not None), None)
     full = {_role(each.stored): each.full for each in group if each.full is not None}
     if weight is None:
         shape = next((each.stored.shape for each in group if each.stored.leaf == "weight"), None)
         return Module(target, "full", full, shape=shape, op="conv" if len(shape or ()) >= _CONV else "linear")
     rank = ranks.get(weight.found.number, weight.rank)
-    factors = {**_factors(weight, rank, store), **full}
+    factors = {**_factors(weight, rank), **full}
     shape = weight.stored.shape
     embedding = weight.stored.role == EMBEDDING
     return Module(
@@ -118,13 +108,13 @@ def _role(stored: Stored) -> str:
     return "diff_b" if stored.leaf == "bias" else "diff"
 
 
-def _factors(kept: Kept, rank: int, store: Store) -> dict[str, TensorRef]:
+def _factors(kept: Extracted, rank: int) -> dict[str, TensorRef]:
     """up (out, rank[, 1, 1]) and down (rank, in[, kh, kw]); of an embedding, stored (vocabulary, dim), exchanged."""
     if kept.up is None or kept.down is None:
         return {}
     across, down = kept.up, kept.down
     if rank < kept.rank:
-        across, down = store.head(across, rank), store.head(down, rank)
+        across, down = head(across, rank), head(down, rank)
     shape = kept.stored.shape
     if kept.stored.role == EMBEDDING:
         return {"up": _turned(down, (shape[1], rank)), "down": across.reshaped((rank, shape[0]))}

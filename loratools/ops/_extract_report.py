@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from loratools.io.base import Weight, load, load_rows
 from loratools.ops._extract_difference import norm_of, unlike
-from loratools.ops._extract_modules import Kept
+from loratools.ops._extract_modules import Extracted
 from loratools.ops._extract_pairs import Pair, Stored
 from loratools.ops._extract_tensor import FACTORS, FULL
 from loratools.ops.checkpoint_results import ExtractedModule, ExtractReport, LeftOut
@@ -20,7 +20,7 @@ _FOREIGN = "outside the components that an adapter changes"
 
 
 def report(
-    planned: Extraction, kept: Mapping[int, Kept], ranks: Mapping[int, int], norms: Mapping[int, float]
+    planned: Extraction, kept: Mapping[int, Extracted], ranks: Mapping[int, int], norms: Mapping[int, float]
 ) -> ExtractReport:
     """The report of an extraction that was done; bytes and seconds are the caller's.
 
@@ -65,7 +65,7 @@ def blank(planned: Extraction) -> ExtractReport:
     )
 
 
-def _module(kept: Kept, rank: int | None) -> ExtractedModule:
+def _module(kept: Extracted, rank: int | None) -> ExtractedModule:
     found, stored = kept.found, kept.stored
     full = kept.full is not None
     count = len(found.sigma) if rank is None else rank
@@ -134,7 +134,7 @@ def _size(weight: Weight, start: int = 0, count: int | None = None) -> float:
     return norm_of(tensor.double().reshape(-1))
 
 
-def _remarks(planned: Extraction, kept: Mapping[int, Kept]) -> list[str]:
+def _remarks(planned: Extraction, kept: Mapping[int, Extracted]) -> list[str]:
     tiny = [each.stored.weight.key for each in kept.values() if each.found.tiny]
     if not tiny:
         return []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -10,17 +9,25 @@ from typing import NamedTuple
 
 from loratools import formats
 from loratools.engine import Engine, local
+from loratools.engine.kept import Kept
 from loratools.errors import LayoutError, OptionError
-from loratools.io.spool import Spool
 from loratools.model import Adapter
-from loratools.ops import _extract_batched, _extract_report, _extract_size, _extract_write, files
+from loratools.ops import (
+    _extract_identity,
+    _extract_on,
+    _extract_report,
+    _extract_size,
+    _extract_write,
+    files,
+)
 from loratools.ops._extract_jobs import Work, job_bytes
-from loratools.ops._extract_modules import Kept, Memory, Store, keep, modules
+from loratools.ops._extract_modules import Extracted, modules
+from loratools.ops._extract_on import RESULTS
 from loratools.ops._extract_options import Options
 from loratools.ops._extract_pairs import Stored
 from loratools.ops._extract_plan import Compared
 from loratools.ops._extract_side import Side
-from loratools.ops._extract_tensor import FACTORS, FULL, Job, extract_tensor
+from loratools.ops._extract_tensor import FACTORS, FULL, Job
 from loratools.ops.checkpoint_results import ExtractReport
 from loratools.tensors import DTYPES
 
@@ -43,6 +50,7 @@ class Extraction(NamedTuple):
         threads: How many matrices are worked on side by side, a count; None for one per processor.
         progress: Called with a name, bytes done and bytes in all.
         engine: Where it is computed instead; None for this machine.
+        resume: Whether an interrupted run is gone on with.
     """
 
     base: Side
@@ -57,6 +65,7 @@ class Extraction(NamedTuple):
     threads: int | None
     progress: Progress | None
     engine: Engine | None = None
+    resume: bool = False
 
 
 def run(planned: Extraction, *, overwrite: bool) -> tuple[Adapter | None, ExtractReport]:
@@ -65,13 +74,13 @@ def run(planned: Extraction, *, overwrite: bool) -> tuple[Adapter | None, Extrac
     Raises:
         LoraError: Nothing was written.
     """
-    with _store(planned.output) as store:
-        kept, norms = _computed(planned, store)
+    with _keeping(planned) as (planned, engine):
+        kept, norms = _computed(planned)
         planned = _with_changed(planned, norms)
         if not kept:
             raise _nothing(planned)
-        ranks = _ranks(planned, kept, store)
-        found = adapter_of(planned, list(kept.values()), ranks, store)
+        ranks = _ranks(planned, kept)
+        found = adapter_of(planned, list(kept.values()), ranks)
         report = _extract_report.report(planned, kept, ranks, norms)
         if not planned.output:
             return _in_memory(found, planned.form), report
@@ -79,7 +88,8 @@ def run(planned: Extraction, *, overwrite: bool) -> tuple[Adapter | None, Extrac
         written = files.write(
             document, planned.form, planned.output, container=planned.container, overwrite=overwrite
         )
-        return None, report._replace(bytes=written, notes=(*report.notes, *notes))
+        said, taken = (engine.notes, engine.taken) if engine is not None else ((), 0)
+        return None, report._replace(bytes=written, notes=(*report.notes, *notes, *said), resumed=taken)
 
 
 def _nothing(planned: Extraction) -> OptionError:
@@ -114,16 +124,19 @@ def _with_changed(planned: Extraction, norms: Mapping[int, float]) -> Extraction
 
 
 @contextmanager
-def _store(output: str) -> Iterator[Store]:
-    """The disk beside the output, or memory where there is none."""
-    if not output:
-        yield Memory()
+def _keeping(planned: Extraction) -> Iterator[tuple[Extraction, Kept | None]]:
+    """The extraction with an engine that keeps results beside the output; as it is where there is none."""
+    if not planned.output:
+        yield planned, None
         return
-    with Spool(os.path.dirname(os.path.realpath(output))) as spool:
-        yield spool
+    inner = planned.engine or local.Local(planned.threads)
+    with Kept(
+        inner, planned.output, lambda: _extract_identity.of(planned), RESULTS, resume=planned.resume
+    ) as engine:
+        yield planned._replace(engine=engine), engine
 
 
-def _computed(planned: Extraction, store: Store) -> tuple[dict[int, Kept], dict[int, float]]:
+def _computed(planned: Extraction) -> tuple[dict[int, Extracted], dict[int, float]]:
     """The results by job number, in order; and the norm of every difference."""
     jobs = list(planned.work.jobs)
     if planned.options.kind == "size":
@@ -133,42 +146,37 @@ def _computed(planned: Extraction, store: Store) -> tuple[dict[int, Kept], dict[
         by_number = {job.number: job for job in limited}
         jobs = [by_number.get(job.number, job) for job in jobs]
     norms: dict[int, float] = {}
-    kept = _results(planned, jobs, store, norms)
+    kept = _results(planned, jobs, norms)
     return dict(sorted(kept.items())), norms
 
 
-def _results(planned: Extraction, jobs: list[Job], store: Store, norms: dict[int, float]) -> dict[int, Kept]:
+def _results(planned: Extraction, jobs: list[Job], norms: dict[int, float]) -> dict[int, Extracted]:
     by_number = {job.number: job for job in jobs}
     total, done = sum(job_bytes(job) for job in jobs), 0
-    kept: dict[int, Kept] = {}
-    if planned.engine is not None:
-        results = planned.engine.run(extract_tensor, jobs)
-    elif planned.device == "cpu":
-        results = local.run(extract_tensor, jobs, threads=planned.threads)
-    else:
-        results = _extract_batched.run(jobs, planned.device)
-    for found in results:
-        job = by_number[found.number]
-        norms[found.number] = found.norm
-        if found.norm and job.task in (FACTORS, FULL):
-            kept[found.number] = keep(planned.work.pairs[found.number].stored, found, store)
+    kept: dict[int, Extracted] = {}
+    for found in _extract_on.run(planned.engine, jobs, planned.device, planned.threads):
+        number = found.found.number
+        job = by_number[number]
+        norms[number] = found.found.norm
+        if found.found.norm and job.task in (FACTORS, FULL):
+            kept[number] = Extracted(planned.work.pairs[number].stored, *found)
         done += job_bytes(job)
         if planned.progress is not None:
             planned.progress(job.name, done, total)
     return kept
 
 
-def _ranks(planned: Extraction, kept: dict[int, Kept], store: Store) -> dict[int, int]:
+def _ranks(planned: Extraction, kept: dict[int, Extracted]) -> dict[int, int]:
     """The ranks that a size allows, by job number; none where another rule has decided."""
     low = {number: each for number, each in kept.items() if each.up is not None}
     if planned.options.kind != "size" or not low:
         return {}
 
     def measure(ranks: Mapping[int, int]) -> int:
-        return size_of(planned, list({**kept, **low}.values()), ranks, store)
+        return size_of(planned, list({**kept, **low}.values()), ranks)
 
-    def deepen(jobs: Iterable[Job]) -> dict[int, Kept]:
-        return _results(planned._replace(progress=None), list(jobs), store, {})
+    def deepen(jobs: Iterable[Job]) -> dict[int, Extracted]:
+        return _results(planned._replace(progress=None), list(jobs), {})
 
     jobs = {job.number: job for job in planned.work.jobs if job.number in low}
     least, budget = planned.options.least, int(planned.options.value)
@@ -177,9 +185,9 @@ def _ranks(planned: Extraction, kept: dict[int, Kept], store: Store) -> dict[int
     return ranks
 
 
-def adapter_of(planned: Extraction, kept: list[Kept], ranks: Mapping[int, int], store: Store) -> Adapter:
+def adapter_of(planned: Extraction, kept: list[Extracted], ranks: Mapping[int, int]) -> Adapter:
     return _extract_write.adapter(
-        modules(kept, ranks, store),
+        modules(kept, ranks),
         _replaced(planned),
         planned.base.base,
         planned.tuned.base,
@@ -196,13 +204,11 @@ def _replaced(planned: Extraction) -> list[Stored]:
     return [pair.stored._replace(weight=pair.tuned[0].weight) for pair in pairs]
 
 
-def size_of(
-    planned: Extraction, kept: list[Kept], ranks: Mapping[int, int] | None = None, store: Store | None = None
-) -> int:
+def size_of(planned: Extraction, kept: list[Extracted], ranks: Mapping[int, int] | None = None) -> int:
     """Bytes that would be written, for given ranks by job number.
 
     Raises:
         LayoutError: The layout cannot hold everything.
     """
-    found = adapter_of(planned, kept, ranks or {}, store or Memory())
+    found = adapter_of(planned, kept, ranks or {})
     return files.document_size(_document(found, planned.form)[0], planned.form)

@@ -8,7 +8,7 @@ import numpy as np
 
 from loratools.errors import OptionError
 from loratools.maths.rank import allocate
-from loratools.ops._extract_modules import Kept
+from loratools.ops._extract_modules import Extracted
 from loratools.ops._extract_tensor import Job
 
 # How much more than an even share of the budget a module's spectrum is computed for at first.
@@ -16,7 +16,7 @@ _AHEAD = 4
 _FIRST = 16
 
 Measure = Callable[[Mapping[int, int]], int]
-Deepen = Callable[[Sequence[Job]], Mapping[int, Kept]]
+Deepen = Callable[[Sequence[Job]], Mapping[int, Extracted]]
 
 
 def first_ranks(jobs: Sequence[Job], budget: int, itemsize: int) -> list[Job]:
@@ -27,7 +27,7 @@ def first_ranks(jobs: Sequence[Job], budget: int, itemsize: int) -> list[Job]:
 
 
 def spend(
-    kept: dict[int, Kept],
+    kept: dict[int, Extracted],
     jobs: Mapping[int, Job],
     budget: int,
     least: int,
@@ -75,7 +75,7 @@ def spend(
 
 
 def _allotted(
-    kept: Mapping[int, Kept], room: int, least: int, budget: int, measure: Measure
+    kept: Mapping[int, Extracted], room: int, least: int, budget: int, measure: Measure
 ) -> dict[int, int]:
     spectra = [np.asarray(each.found.sigma) for each in kept.values()]
     try:

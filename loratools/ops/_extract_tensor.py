@@ -11,7 +11,7 @@ from loratools.errors import NonFiniteError
 from loratools.maths.rank import Rule
 from loratools.maths.svd import Decomposed, decompose
 from loratools.ops._changes import Piece
-from loratools.ops._extract_difference import difference
+from loratools.ops._extract_difference import difference, distance
 from loratools.tensors import DTYPES
 
 Shape = tuple[int, ...]
@@ -95,12 +95,14 @@ def extract_tensor(job: Job) -> Found:
     Raises:
         NonFiniteError: NaN or Inf in one of the checkpoints; file and key are named.
     """
+    if job.task == NORM:
+        return Found(job.number, distance(job))
     # What is returned whole must be its own.
     found = difference(job, reuse=job.task != FULL)
     if found is None:
         return Found(job.number)
     matrix, norm, noise = found
-    if not norm or job.task == NORM:
+    if not norm:
         return Found(job.number, norm)
     if job.task == FULL:
         full = stored(matrix, job.store, job.name).reshape(job.shape)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loratools import __version__, archs, formats
+from loratools.io import storage
 from loratools.io.base import Base, keys_of
 from loratools.model import Adapter, Module, Target
 from loratools.ops import convert, files
@@ -31,9 +32,10 @@ def layout_for(arch: str, to: str | None) -> formats.Format:
 
 def output_name(tuned: files.PathLike, form: formats.Format, tag: str) -> str:
     """``<stem>-lora-r32.safetensors`` in the current folder, or the folder of that name where the layout is one."""
-    path = os.path.normpath(os.fspath(tuned))
+    path = os.fspath(tuned)
+    path = path.rstrip("/").partition("@")[0] if storage.is_url(path) else os.path.normpath(path)
     stem = os.path.basename(path)
-    if not os.path.isdir(path):
+    if not storage.is_dir(os.fspath(tuned)):
         stem = stem.removesuffix(".json").removesuffix(".index")
         stem = os.path.splitext(stem)[0] or stem
     return f"{stem}-lora-{tag}" + ("" if form.folder else ".safetensors")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.errors import OptionError, ShapeError, UnsupportedKindError
 from loratools.formats import _carried, _peft_special
+from loratools.io import storage
 from loratools.kinds import lora
 from loratools.model import Adapter, Module, Target
 from loratools.ops import files
@@ -48,9 +49,11 @@ def beside(adapter: Adapter) -> str:
     if not method or not adapter.path:
         return ""
     own = os.path.dirname(adapter.path)
-    for folder in (own, os.path.join(own, os.pardir)):
-        found = os.path.normpath(os.path.join(folder, method + _FOLDER))
-        if os.path.isdir(found) and not os.path.samefile(found, own or os.curdir):
+    above = os.path.dirname(own) if storage.is_url(own) else os.path.join(own, os.pardir)
+    for folder in (own, above):
+        found = os.path.join(folder, method + _FOLDER)
+        found = found if storage.is_url(found) else os.path.normpath(found)
+        if storage.is_dir(found) and not storage.same(found, own or os.curdir):
             return found
     return ""
 

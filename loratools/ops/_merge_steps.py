@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loratools.errors import OptionError
+from loratools.io import storage
 from loratools.model import Adapter
 
 ENERGY = 1.0
@@ -97,5 +98,4 @@ def _same(one: Adapter, other: Adapter) -> bool:
     """Whether two adapters are one: the same object, or read from the same file."""
     if one is other:
         return True
-    there = bool(one.path and other.path) and os.path.exists(one.path) and os.path.exists(other.path)
-    return there and os.path.samefile(one.path, other.path)
+    return bool(one.path and other.path) and storage.same(one.path, other.path)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from loratools import __version__
+from loratools.io import storage
 from loratools.model import EMPTY, Adapter, Module, Target
 from loratools.ops import _metadata, files
 from loratools.ops._combine import Combined
@@ -111,7 +111,7 @@ class Inputs:
                 "arch": adapter.arch,
                 "modules": len(adapter.modules),
                 "sha256": found.result(),
-                "bytes": os.path.getsize(adapter.path) if found.result() else 0,
+                "bytes": storage.size(adapter.path) if found.result() else 0,
                 "multipliers": self._hits(number),
             }
             for number, (adapter, weight, found) in enumerate(
@@ -121,10 +121,15 @@ class Inputs:
 
 
 def sha256(path: str) -> str:
-    """The digest of a file's bytes in hexadecimal; empty where the path is no file's."""
+    """The digest of a file's bytes in hexadecimal; empty where the path is no file's.
+
+    Of a file at a URL it is what the store says, or empty: it would have to be read as a whole once more.
+    """
     whole = hashlib.sha256()
-    if not path or not os.path.isfile(path):
+    if not path or not storage.is_file(path):
         return ""
+    if storage.is_url(path):
+        return storage.state(path).sha256
     with open(path, "rb") as stream:
         while chunk := stream.read(_CHUNK):
             whole.update(chunk)

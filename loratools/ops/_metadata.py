@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import math
 import re
 from collections import Counter
@@ -12,6 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from loratools.formats._patterns import Pattern, pattern
+from loratools.io import json_text
 from loratools.ops.results import ModuleInfo
 
 _EMPTY_HASH = "e3b0c442"
@@ -119,7 +119,7 @@ def tag_folders(metadata: Mapping[str, str]) -> dict[str, dict[str, int]]:
 
 def _json(text: str | None) -> Any:
     try:
-        return json.loads(text) if text else None
+        return json_text.loads(text) if text else None
     except ValueError:
         return None
 

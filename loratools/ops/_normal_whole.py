@@ -17,7 +17,7 @@ from loratools.model import Adapter
 from loratools.ops import _replaced, _scale
 from loratools.ops._bits import same_bits
 from loratools.ops._fit import Fitted, Misfit
-from loratools.ops._outputs import PathLike, check_output
+from loratools.ops._outputs import PathLike, check_output, within
 from loratools.ops._replaced import Saved
 from loratools.ops.results import LedgerEntry
 from loratools.tensors import LazySource, TensorRef
@@ -177,8 +177,7 @@ def check(path: PathLike, output: PathLike, *, overwrite: bool) -> None:
         OptionError: It is the output, or in it, or has no safetensors file's name.
         LoraError: As for any output.
     """
-    name, goal = os.path.realpath(path), os.path.realpath(output)
-    if name == goal or name.startswith(goal + os.sep) or not name.endswith(_SUFFIX):
+    if within(path, output) or not os.path.realpath(path).endswith(_SUFFIX):
         raise OptionError(
             "whole tensors cannot be written there",
             path=os.fspath(path),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ntpath
 import os
 
 from loratools import formats
 from loratools.errors import LayoutError, OptionError, OutputExistsError, WriteError
+from loratools.io import names, storage
+from loratools.io.uploading import goal
 from loratools.model import Layout
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *PICKLES, ".npz", ".gguf")
 
+_WINDOWS = os.name == "nt"
 _SEPARATORS = tuple(filter(None, (os.sep, os.altsep)))
 
 PathLike = str | os.PathLike[str]
@@ -27,9 +31,10 @@ def check_output(path: PathLike, *, overwrite: bool) -> None:
 
     Raises:
         OutputExistsError: It is there, and ``overwrite`` is false.
-        WriteError: Its folder does not exist.
+        WriteError: Its folder does not exist, or the system can give no file its name.
     """
     target = os.fspath(path)
+    check_system(target)
     if os.path.isdir(target):
         if os.listdir(target) and not overwrite:
             raise OutputExistsError(
@@ -46,6 +51,38 @@ def check_output(path: PathLike, *, overwrite: bool) -> None:
         raise WriteError(
             f"the folder {folder} does not exist", path=target, todo="Create it, or choose another name"
         )
+
+
+def check_system(target: str) -> None:
+    """Refuse a name under which Windows would write to a device, a stream of another file, or another name.
+
+    Raises:
+        WriteError: It is one.
+    """
+    if not _WINDOWS or "://" in target:
+        return
+    why = names.refusal(ntpath.basename(target.rstrip("\\/")))
+    if why:
+        raise WriteError(
+            f"Windows can give no file this name: {why}",
+            path=target,
+            todo=f"Choose another name, such as {names.portable(ntpath.basename(target))}",
+        )
+
+
+def within(path: PathLike, folder: PathLike) -> bool:
+    """Whether a path is a folder or lies in it: links are followed, and case counts where it does for the system.
+
+    What is made on this machine to be uploaded lies where it goes to.
+    """
+    place, outside = goal(path), goal(folder)
+    if storage.is_url(place) or storage.is_url(outside):
+        return f"{place.rstrip('/')}/".startswith(f"{outside.rstrip('/')}/")
+    inner, outer = (os.path.normcase(os.path.realpath(each)) for each in (path, folder))
+    try:
+        return os.path.commonpath([inner, outer]) == outer
+    except ValueError:  # on two drives
+        return False
 
 
 def check_name(path: PathLike, layout: str) -> str:

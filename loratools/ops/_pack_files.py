@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loratools import formats, io
+from loratools.io import unchanged
 from loratools.io.writer import data_of
 from loratools.ops import _pack_index, files
 from loratools.tensors import TensorRef
@@ -46,7 +47,8 @@ class Prepared(NamedTuple):
         weights = path / self.form.weights if self.form.folder else path
         weights.parent.mkdir(parents=True, exist_ok=True)
         if self.document.computed:  # digests of its own data, which the usual writer knows how to make
-            files.write(self.document, self.form, path, overwrite=True)
+            with unchanged.apart():  # the pack as a whole is checked when it takes its name
+                files.write(self.document, self.form, path, overwrite=True)
             return _pack_index.file_digest(weights)
         digest = hashlib.sha256(self.start)
         with open(weights, "wb", buffering=_BUFFER) as file:

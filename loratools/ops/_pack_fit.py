@@ -41,14 +41,16 @@ class Fit:
         self._first = ""
         self.warnings: dict[str, int] = {}
 
-    def causes(self, plan: Plan) -> list[str]:
-        """Why the program would not run an adapter as it will be packed, or why it is of another base; or nothing."""
+    def verdict(self, plan: Plan) -> tuple[list[str], list[str]]:
+        """Why the program would not run an adapter as it will be packed, or nothing; and what else is to be said."""
         if plan.causes is None:
             plan.causes = self._checked(plan)
-        causes, warnings = plan.causes
+        return plan.causes
+
+    def warn(self, warnings: Sequence[str]) -> None:
+        """Count what is said of an adapter."""
         for said in warnings:
             self.warnings[said] = self.warnings.get(said, 0) + 1
-        return causes
 
     def _checked(self, plan: Plan) -> tuple[list[str], list[str]]:
         """Errors and warnings."""

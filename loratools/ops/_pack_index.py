@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from loratools.errors import MalformedFileError, MissingFileError, NotAnAdapterError
+from loratools.io import json_text, storage
+from loratools.io.links import refuse_leaving
+from loratools.ops import _pack_fields
 from loratools.ops.pack_results import Alias, Packed
 
 NAME = "index.json"
@@ -59,13 +62,14 @@ def read(folder: str | os.PathLike[str]) -> Index:
     Raises:
         MissingFileError: There is no such folder.
         NotAnAdapterError: It is no pack.
-        MalformedFileError: The index is damaged, or of another version.
+        MalformedFileError: The index is damaged, of another version, or names places outside the pack.
     """
     given = os.fspath(folder)
-    if not os.path.isdir(given):
+    if not storage.is_dir(given):
         raise MissingFileError(
             "no such folder", path=given, todo="Give the folder that `loratools pack` wrote"
         )
+    refuse_leaving(storage.below(given, NAME), given)
     try:
         found = _parsed(given)
     except FileNotFoundError:
@@ -85,30 +89,37 @@ def read(folder: str | os.PathLike[str]) -> Index:
             todo="Make one with: loratools pack LIBRARY -o OUT",
         )
     if found.get("version") != _VERSION:
-        raise _damaged(given, f"it is of version {found.get('version')!r}, where {_VERSION} is known")
-    try:
-        return _index(given, found)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise _damaged(given, f"{type(error).__name__}: {error}") from error
+        raise _damaged(
+            given, f"it is of version {json_text.brief(found.get('version'))}, where {_VERSION} is known"
+        )
+    return _index(given, found)
 
 
 def _index(folder: str, found: Mapping[str, Any]) -> Index:
-    adapters = [packed(each) for each in found["adapters"]]
-    aliases = [Alias(**each) for each in found["aliases"]]
-    return Index(
-        folder,
-        str(found["layout"]),
-        str(found["arch"]),
-        {each.name: each for each in adapters},
-        {each.name: each for each in aliases},
-        found.get("shared_basis") or {},
-    )
+    place = storage.below(folder, NAME)
+    adapters = {
+        each.name: each
+        for each in (_pack_fields.packed(entry, place) for entry in _rows(found, "adapters", place))
+    }
+    aliases = {
+        each.name: each
+        for each in (_pack_fields.alias(entry, place) for entry in _rows(found, "aliases", place))
+    }
+    lost = [each.name for each in aliases.values() if each.of not in adapters]
+    if lost:
+        raise _pack_fields.malformed(f"{len(lost)} aliases are of no adapter, such as {lost[0]!r}", place)
+    for name in ("layout", "arch"):
+        if not isinstance(found.get(name), str):
+            raise _pack_fields.malformed(f"{name} is {json_text.brief(found.get(name))}", place)
+    shared = _pack_fields.shared(found.get("shared_basis"), place)
+    return Index(folder, found["layout"], found["arch"], adapters, aliases, shared)
 
 
-def packed(entry: Mapping[str, Any]) -> Packed:
-    """An entry of the index as a value."""
-    low, high = entry["scales"]
-    return Packed(**{**entry, "scales": (low, high)})
+def _rows(found: Mapping[str, Any], name: str, place: str) -> list[Any]:
+    rows = found.get(name)
+    if not isinstance(rows, list):
+        raise _pack_fields.malformed(f"{name} is {json_text.brief(rows)}", place)
+    return rows
 
 
 def said(entry: Packed) -> dict[str, Any]:
@@ -120,12 +131,13 @@ def check(index: Index, name: str, file: str, sha256: str) -> None:
     """Refuse a file of a pack that is not the one that was written.
 
     Raises:
-        MalformedFileError: It is missing or another.
+        MalformedFileError: It is missing, another, or behind a link that leaves the pack.
     """
-    path = os.path.join(index.path, file)
+    path = storage.below(index.path, file)
+    refuse_leaving(path, index.path)
     try:
         found = file_digest(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise MalformedFileError(
             f"{file} of {name} is missing", path=index.path, todo="Make the pack again"
         ) from None
@@ -141,15 +153,14 @@ def check(index: Index, name: str, file: str, sha256: str) -> None:
 def file_digest(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file."""
     found = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open(storage.local(os.fspath(path)), "rb") as file:
         while block := file.read(_BLOCK):
             found.update(block)
     return found.hexdigest()
 
 
 def _parsed(folder: str) -> Any:
-    with open(os.path.join(folder, NAME), encoding="utf-8") as file:
-        return json.load(file)
+    return json_text.loads(storage.read_all(storage.below(folder, NAME), storage.TEXT).decode())
 
 
 def _damaged(folder: str, why: str) -> MalformedFileError:

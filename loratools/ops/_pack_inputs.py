@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from loratools.errors import MissingFileError
+from loratools.io import names, storage
 from loratools.ops import files, inspect
 
 _STRANGE = re.compile(r"[^\w.+-]+")
@@ -25,11 +26,10 @@ class Source(NamedTuple):
     name: str
     path: str
 
-    def state(self) -> list[list[int]]:
-        """Size in bytes and time of the last change (ns) of its files; what is not there has none."""
+    def state(self) -> list[str]:
+        """What tells the content of its files from another; what is not there has none."""
         beside = os.path.join(os.path.dirname(self.path), files.CONFIG)
-        found = [os.stat(each) for each in (self.path, beside) if os.path.isfile(each)]
-        return [[each.st_size, each.st_mtime_ns] for each in found]
+        return [storage.tag(each) for each in (self.path, beside) if storage.is_file(each)]
 
 
 def sources(libraries: Sequence[files.PathLike]) -> list[Source]:
@@ -43,8 +43,8 @@ def sources(libraries: Sequence[files.PathLike]) -> list[Source]:
     """
     found: dict[str, str] = {}
     for library in libraries:
-        given = os.path.abspath(os.fspath(library))
-        walked = _walked(given) if os.path.isdir(given) else [given]
+        given = storage.whole(library)
+        walked = _walked(given) if storage.is_dir(given) else [given]
         if not walked:
             raise MissingFileError(
                 "the library is empty: no file in it could be an adapter",
@@ -53,7 +53,7 @@ def sources(libraries: Sequence[files.PathLike]) -> list[Source]:
                 todo="Give the folder that the adapters lie in",
             )
         for path in walked:
-            found.setdefault(os.path.realpath(path), _name(path, given))
+            found.setdefault(storage.real(path), _name(path, given))
     return _named(found)
 
 
@@ -64,7 +64,7 @@ def _walked(folder: str) -> list[str]:
         by_folder.setdefault(os.path.dirname(path), []).append(path)
     found: list[str] = []
     for where, paths in by_folder.items():
-        weights = files.weights_of(where) if os.path.isfile(os.path.join(where, files.CONFIG)) else None
+        weights = files.weights_of(where) if storage.is_file(os.path.join(where, files.CONFIG)) else None
         found += paths if weights is None else [weights]
     return found
 
@@ -74,7 +74,7 @@ def _name(path: str, library: str) -> str:
     where, file = os.path.split(path)
     whole = files.weights_of(where) == path
     own = where if whole else os.path.join(where, os.path.splitext(file)[0])
-    inside = os.path.relpath(own, library) if os.path.isdir(library) else "."
+    inside = os.path.relpath(own, library) if storage.is_dir(library) else "."
     if inside == "." or inside.startswith(".."):
         inside = os.path.basename(own)
     parts = [_STRANGE.sub("_", part).strip(".") for part in inside.split(os.sep)]
@@ -83,13 +83,4 @@ def _name(path: str, library: str) -> str:
 
 def _named(paths: dict[str, str]) -> list[Source]:
     """The inputs with a number behind a name that is taken, in whatever case."""
-    taken: set[str] = set()
-    found = []
-    for path, wanted in paths.items():
-        name, number = wanted, 1
-        while name.casefold() in taken:
-            number += 1
-            name = f"{wanted}-{number}"
-        taken.add(name.casefold())
-        found.append(Source(name, path))
-    return found
+    return [Source(name, path) for name, path in zip(names.distinct(paths.values()), paths, strict=True)]

@@ -18,6 +18,7 @@ from loratools.errors import LoraError
 from loratools.formats._peft_special import refuse_unmergeable
 from loratools.formats._read import refuse_other_types
 from loratools.formats._scaling import refuse_nonfinite
+from loratools.io import json_text, storage
 from loratools.io.mapped import FileMap
 from loratools.model import Adapter
 from loratools.ops import _pack_index, convert, files
@@ -116,7 +117,7 @@ class Planner:
 def _mapped(path: str) -> memoryview | None:
     """A file of safetensors in memory; None for other files, and where it cannot be had."""
     try:
-        if io.sniff(path) != "safetensors":
+        if storage.is_url(path) or io.sniff(path) != "safetensors":
             return None
         return FileMap(path).view(0, os.path.getsize(path))
     except (LoraError, OSError):  # the reader says why
@@ -138,7 +139,7 @@ def _config(folder: str) -> str:
     except (OSError, ValueError):
         return ""
     try:
-        found = json.loads(text)
+        found = json_text.loads(text)
         return json.dumps(_with_sorted_targets(found)) if isinstance(found, dict) else text
     except ValueError:
         return text

@@ -1,4 +1,4 @@
-"""One library on its way into a pack: each adapter read, checked, compared with those before it, and written."""
+"""One library on its way into a pack: what its adapters are to each other, one after the other in their order."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from loratools import formats
-from loratools.errors import LoraError, NonFiniteError, OptionError
-from loratools.ops import _pack_index, _pack_normal, _pack_twins
+from loratools.errors import OptionError
+from loratools.ops import _pack_fields, _pack_make, _pack_normal, _pack_twins
 from loratools.ops._pack_fit import Fit
 from loratools.ops._pack_inputs import Source
-from loratools.ops._pack_normal import Normal
-from loratools.ops._pack_plan import Request
-from loratools.ops._pack_planner import Planned, Planner
+from loratools.ops._pack_make import Made, Making
+from loratools.ops._pack_planner import Planner
 from loratools.ops._pack_work import Record, Shapes, Work, marks_of
 from loratools.ops.pack_results import Alias, Packed, PackReport, Unfit
 
-_BASE = "base_model_name_or_path"
 _CAUSES_SHOWN = 3
 
 
 class Run:
     """One library on its way into a pack.
+
+    Args:
+        making: What is the same for all adapters.
+        fit: What they are checked against.
+        work: Where the pack comes into being.
+        limit: The relative difference of ΔW up to which two are one; None: by their dtypes; 0: all are kept.
+        skip_unfit: Whether what does not fit is left out.
 
     Attributes:
         arch: The architecture of the first adapter.
@@ -31,22 +35,14 @@ class Run:
     """
 
     def __init__(
-        self,
-        request: Request,
-        fit: Fit,
-        work: Work,
-        limit: float | None,
-        skip_unfit: bool,
-        *,
-        written: bool,
+        self, making: Making, fit: Fit, work: Work, limit: float | None, *, skip_unfit: bool
     ) -> None:
         self.arch = "unknown"
-        self.planner = Planner(request)
-        self._request = request
+        self.planner = Planner(making.request)
+        self._making = making
         self._fit = fit
         self._work = work
         self._skip = skip_unfit
-        self._written = written
         self._twins = _pack_twins.Twins(limit)
         self._adapters: dict[str, Packed] = {}
         self._sources: dict[str, Source] = {}
@@ -57,40 +53,55 @@ class Run:
         self._unfit: list[Unfit] = []
         self._reused = 0
 
-    def take(self, source: Source) -> None:
-        """Put one adapter into the pack, or note why not."""
-        try:
+    def finished(self, source: Source) -> bool:
+        """Whether an interrupted run has made this adapter, and neither it nor what was made has changed since."""
+        record = self._work.finished.get(source.path)
+        if record is None or record.get("name") != source.name or record.get("state") != source.state():
+            return False
+        if "alias" in record:
+            return bool(record["alias"]["name"] == source.name)
+        layout, named = self._making.request.layout, self._making.named
+        entry, place = record["adapter"], _pack_make.place(layout, source.name) if named else ""
+        if (entry["name"], entry["path"], entry["source"]) != (source.name, place, source.path):
+            return False
+        return not named or self._work.holds(_pack_make.weights(layout, place), entry["sha256"])
+
+    def note(self, source: Source, made: Made) -> None:
+        """Have an adapter in the journal as soon as it is made, whatever those before it are."""
+        if made.entry is not None:
+            record = self._record(source, made.key) | {"adapter": made.entry, "arch": made.arch}
+            self._work.note(source.path, record, made.shapes, made.marks)
+
+    def take(self, source: Source, made: Made | None) -> None:
+        """Put the next adapter into the pack, or note why not.
+
+        Args:
+            source: Which, in the order of the library.
+            made: What became of it; None where an interrupted run has finished it.
+        """
+        if made is None:
             if self._again(source):
                 self._reused += 1
                 return
-            planned = self.planner.planned(source.path)
-            plan = planned.plan
-            other = self._fit.other_base(plan.key, plan.shapes)
-            causes = [other] if other else list(self._fit.causes(plan))
-            normal = self._values(planned, causes)
-            if causes or normal is None:
-                self._unfit.append(Unfit(source.name, source.path, tuple(causes)))
-                return
-            if self._skip or not self._unfit:
-                self._keep(source, planned, normal)
-            self._fit.accept(source.name, plan.key, plan.shapes)
-        except (LoraError, OSError) as error:
-            self._unfit.append(Unfit(source.name, source.path, (str(error),)))
-
-    @staticmethod
-    def _values(planned: Planned, causes: list[str]) -> Normal | None:
-        """The values of an adapter, or None where they are no numbers, which is one more cause."""
-        try:
-            return _pack_normal.normal(planned)
-        except NonFiniteError as error:
-            causes.append(str(error))
-            return None
+            made = _pack_make.make(self._making, source)
+            _pack_make.forget()
+            self.note(source, made)
+        other = self._fit.other_base(made.key, made.shapes) if made.key else ""
+        if not other:
+            self._fit.warn(made.warnings)
+        causes = [*([other] if other else made.causes), *filter(None, [made.problem])]
+        if causes or made.entry is None or made.marks is None:
+            self._unfit.append(Unfit(source.name, source.path, tuple(causes)))
+            self._work.discard(made.entry["path"] if made.entry is not None else "")
+            return
+        if self._skip or not self._unfit:
+            entry = _pack_fields.packed(made.entry, source.path)
+            self._keep(source, entry, made.key, made.shapes, made.marks, made.arch)
+        self._fit.accept(source.name, made.key, made.shapes)
 
     def _again(self, source: Source) -> bool:
-        """Whether an interrupted run has finished this adapter, and nothing has changed since."""
-        record = self._work.finished.get(source.path)
-        if record is None or record["name"] != source.name or record["state"] != source.state():
-            return False
+        """Take what an interrupted run has made of an adapter; False where it does not hold beside those before it."""
+        record = self._work.finished[source.path]
         key = record["key"]
         shapes = self._work.shapes[key]
         if self._fit.other_base(key, shapes):  # than of one that was changed
@@ -101,68 +112,49 @@ class Run:
                 return False
             self._aliases.append(alias)
         else:
-            entry = _pack_index.packed(record["adapter"])
-            if self._written and not self._work.holds(self._weights(entry.path), entry.sha256):
-                return False
-            self._again_there.add(entry.name)
-            self._remember(source, entry, record, shapes, marks_of(record))
+            entry = _pack_fields.packed(record["adapter"], source.path)
+            if self._keep(source, entry, key, shapes, marks_of(record), record["arch"]):
+                self._again_there.add(entry.name)
         self._fit.accept(source.name, key, shapes)
         return True
-
-    def _weights(self, path: str) -> str:
-        form = formats.get(self._request.layout)
-        return f"{path}/{form.weights}" if form.folder else path
-
-    def _remember(
-        self, source: Source, entry: Packed, record: Record, shapes: Shapes, marks: torch.Tensor
-    ) -> None:
-        self.arch = record["arch"] if not self._adapters else self.arch
-        key = record["key"]
-        self._adapters[entry.name] = entry
-        self._sources[entry.name] = source
-        self._keys[entry.name] = key
-        self._shapes.setdefault(key, shapes)
-        self._twins.add(entry.name, key, marks, entry.dtype)
 
     def shapes_of(self, name: str) -> Mapping[str, Sequence[int]]:
         """The shape of every module's weight of an adapter in the pack."""
         return self._shapes[self._keys[name]]
 
-    def _keep(self, source: Source, planned: Planned, normal: Normal) -> None:
-        """Write an adapter, or find that it is there already."""
-        plan = planned.plan
-        marks = _pack_twins.marks(normal.sketch)
-        record: Record = {"name": source.name, "state": source.state(), "key": plan.key}
-        alias = self._same(source, planned, normal, marks)
+    def _keep(
+        self, source: Source, entry: Packed, key: str, shapes: Shapes, marks: torch.Tensor, arch: str
+    ) -> bool:
+        """Keep an adapter that was made; False where the pack has one that does the same."""
+        alias = self._same(source, entry, key, marks)
         if alias is not None:
             self._aliases.append(alias)
-            self._work.note(source.path, {**record, "alias": alias._asdict()}, plan.shapes)
-            return
-        path, size, digest = "", 0, ""
-        if self._written:
-            path = self._place(source.name)
-            ready = _pack_normal.filled(normal, self._request.layout)
-            size, digest = ready.size, self._work.write(ready, path)
-        entry = _entry(source, planned, normal, path, size, digest)
-        record |= {"adapter": _pack_index.said(entry), "arch": plan.adapter.arch}
-        self._remember(source, entry, record, plan.shapes, marks)
-        self._work.note(source.path, record, plan.shapes, marks)
+            self._work.note(source.path, self._record(source, key) | {"alias": alias._asdict()}, shapes)
+            self._work.discard(entry.path)
+            return False
+        self.arch = arch if not self._adapters else self.arch
+        self._adapters[entry.name] = entry
+        self._sources[entry.name] = source
+        self._keys[entry.name] = key
+        self._shapes.setdefault(key, shapes)
+        self._twins.add(entry.name, key, marks, entry.dtype)
+        return True
 
-    def _same(self, source: Source, planned: Planned, normal: Normal, marks: torch.Tensor) -> Alias | None:
+    @staticmethod
+    def _record(source: Source, key: str) -> Record:
+        return {"name": source.name, "state": source.state(), "key": key}
+
+    def _same(self, source: Source, entry: Packed, key: str, marks: torch.Tensor) -> Alias | None:
         """The adapter in the pack that does the same, if there is one."""
-        plan = planned.plan
-        for name in self._twins.candidates(plan.key, marks, plan.dtype):
+        own = None
+        for name in self._twins.candidates(key, marks, entry.dtype):
+            own = own or _pack_normal.normal(self.planner.planned(source.path))
             other = self.planner.planned(self._sources[name].path)
-            limit = self._twins.limit(plan.dtype, other.plan.dtype)
-            error = _pack_twins.difference(normal, _pack_normal.normal(other), limit)
+            limit = self._twins.limit(entry.dtype, other.plan.dtype)
+            error = _pack_twins.difference(own, _pack_normal.normal(other), limit)
             if error is not None:
-                return Alias(source.name, name, source.path, planned.sha256(), error)
+                return Alias(source.name, name, source.path, entry.source_sha256, error)
         return None
-
-    def _place(self, name: str) -> str:
-        form = formats.get(self._request.layout)
-        suffix = "" if form.folder else f".{form.container}"
-        return f"{_pack_index.ADAPTERS}/{name}{suffix}"
 
     def settle(self, count: int) -> None:
         """Refuse the library where something does not fit and nobody said that it may be left out.
@@ -189,7 +181,7 @@ class Run:
         entries = tuple(self._adapters.values())
         return PackReport(
             output,
-            self._request.layout,
+            self._making.request.layout,
             runtime or "",
             sum(each.bytes for each in entries),
             entries,
@@ -209,26 +201,3 @@ class Run:
             yield f"{rounded} of {len(entries)} adapters were rounded once to their store dtype"
         for said, count in self._fit.warnings.items():
             yield f"{count} of {len(entries)} adapters: {said}"
-
-
-def _entry(source: Source, planned: Planned, normal: Normal, path: str, size: int, digest: str) -> Packed:
-    plan = planned.plan
-    base = plan.adapter.config.get(_BASE)
-    return Packed(
-        name=source.name,
-        path=path,
-        source=source.path,
-        source_sha256=planned.sha256(),
-        hash=normal.hash,
-        layout=plan.source,
-        rank=plan.rank,
-        bucket=plan.bucket,
-        ranks=plan.ranks,
-        modules=len(plan.adapter.modules),
-        scales=plan.scales,
-        rounded=plan.rounded,
-        dtype=plan.dtype,
-        base=base if isinstance(base, str) else "",
-        bytes=size,
-        sha256=digest,
-    )

@@ -22,7 +22,8 @@ SAME = {"F64": 1e-12, "F32": 1e-6, "F16": 2e-3, "BF16": 1.6e-2}
 Each of two factors is off by half a unit in the last place at most, on both sides, and a folded scale by as much.
 """
 _SAME_BELOW = 0.25  # of dtypes of eight bits
-_MARKS = 64  # numbers that are kept of each adapter
+MARKS = 64
+"""Numbers that are kept of each adapter."""
 _NUMBERS = 3  # of these that decide on its cell
 _CELL = 0.25  # in standard deviations of these numbers
 # A sketch estimates the difference of few modules badly: what passes is compared exactly.
@@ -41,7 +42,7 @@ def _apart(limit: float) -> float:
 
 def marks(sketch: torch.Tensor) -> torch.Tensor:
     """What is kept of an adapter's sketch, however many modules it has: (64,) float64."""
-    return normal_form.projected(sketch, _MARKS)
+    return normal_form.projected(sketch, MARKS)
 
 
 class Twins:
@@ -97,7 +98,7 @@ class Twins:
 
     def _cell(self, found: torch.Tensor) -> tuple[int, ...]:
         size = float(found.norm()) or 1.0
-        numbers = (math.sqrt(_MARKS) / size * found[:_NUMBERS]).tolist()
+        numbers = (math.sqrt(MARKS) / size * found[:_NUMBERS]).tolist()
         return tuple([math.floor(number / self._width) for number in numbers])
 
 

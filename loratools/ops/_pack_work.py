@@ -1,19 +1,19 @@
 """The folder in which a pack comes into being, and the journal by which another run goes on with it.
 
-It lies beside the output under a hidden name that follows from the output's, and takes its place when all is written.
-The journal has a line for every finished adapter: what the index says of it, the state of the source, the digest of
-what was written, and the marks by which later ones are compared with it. A line that was cut off ends it.
+It lies in the output's work folder, and takes the output's name when all is written. The journal has a record for every
+finished adapter: what the index says of it, the state of the source, the digest of what was written, and the marks by
+which later ones are compared with it. A record that is not as this module writes it counts for nothing: the adapter is
+made again.
 """
 
 from __future__ import annotations
 
 import base64
-import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,21 +21,23 @@ from typing import Any
 import numpy
 import torch
 
-from loratools.errors import OutputExistsError, WriteError
-from loratools.io import atomic
-from loratools.io._lock import HeldError, Lock
-from loratools.ops import _pack_index, files
-from loratools.ops._pack_files import Prepared
+from loratools.errors import MalformedFileError, OutputExistsError, WriteError
+from loratools.io import atomic, unchanged
+from loratools.io.base import keys_of
+from loratools.io.work_folder import REPLACED, Identity, WorkFolder
+from loratools.ops import _identity_of, _pack_fields, _pack_index, _pack_plan, _pack_twins, files
+from loratools.ops._outputs import check_system
 
-_JOURNAL = "journal.jsonl"
+_MADE = "pack"  # in the work folder
 _THREADS = 8  # that wait for the disk
+_SHAPES, _ADAPTER = "shapes ", "adapter "  # how the names of the journal's records begin
 
 Record = dict[str, Any]
 Shapes = Mapping[str, Sequence[int]]
 
 
 class Work:
-    """One run's folder.
+    """One run's folder, a context.
 
     Attributes:
         folder: Where to write; None where nothing is to be written.
@@ -44,73 +46,59 @@ class Work:
     """
 
     def __init__(
-        self, output: files.PathLike, options: Mapping[str, Any], *, resume: bool, dry: bool
+        self,
+        output: files.PathLike,
+        identity: Callable[[], Identity],
+        *,
+        resume: bool,
+        overwrite: bool,
+        dry: bool,
     ) -> None:
-        """Take the folder, and read or begin its journal.
+        """Nothing is done before the context is entered.
 
-        Raises:
-            WriteError: Another run is at work on this output, or the system refuses.
+        Args:
+            output: The pack.
+            identity: What decides what is written.
+            resume: Go on with an interrupted run, and keep what is finished if this one is interrupted.
+            overwrite: Whether an older pack may be replaced.
+            dry: Write nothing.
         """
         self.target = Path(os.path.realpath(output))
         self.folder: Path | None = None
         self.finished: dict[str, Record] = {}
         self.shapes: dict[str, Shapes] = {}
         self._told: set[str] = set()
-        self._resume = resume
-        self._published = False
-        if dry:
-            return
-        self._lock = self._locked()
-        self.folder = self.target.with_name(f".{self.target.name}.pack")
-        try:
-            self._begin(json.dumps(options, sort_keys=True), resume)
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def _begin(self, stated: str, resume: bool) -> None:
-        """Read the journal of an interrupted run, and begin one."""
-        assert self.folder is not None
-        if resume:
-            self.finished, self.shapes = _read(self.folder / _JOURNAL, stated)
-        if not self.finished:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(exist_ok=True)
-        self._journal = open(self.folder / _JOURNAL, "w", encoding="utf-8")  # noqa: SIM115 - closed at the exit
-        self._line({"options": stated})
-        for record in self.finished.values():
-            self._tell(record["key"], self.shapes[record["key"]])
-            self._line(record)
-
-    def _locked(self) -> Lock:
-        try:
-            return Lock(self.target.with_name(f".{self.target.name}.lock"))
-        except HeldError as error:
-            raise WriteError(
-                "another run is writing this output",
-                path=self.target,
-                expected="One run at a time was expected",
-                todo="Wait until it has ended",
-            ) from error
-        except OSError as error:
-            raise WriteError(
-                f"cannot be written: {error.strerror}",
-                path=self.target,
-                todo="Check the folder's permissions, or choose another one",
-            ) from error
+        self._dry = dry
+        self._overwrite = overwrite
+        self._work = WorkFolder(output, identity, resume=resume)
+        self._stack = ExitStack()
 
     def __enter__(self) -> Work:
+        """Lock the work folder, and read what an interrupted run has left there.
+
+        Raises:
+            OutputExistsError: Another process writes this output, or it is there and may not be replaced.
+            OptionError: The interrupted run was of other inputs or options.
+            WriteError: The system refuses.
+        """
+        if self._dry:
+            return self
+        with ExitStack() as stack:
+            stack.enter_context(self._work)
+            # Once more, now that nobody else is at work: a run that was killed may have given it back.
+            check_output(self.target, overwrite=self._overwrite, resume=self._work.resume)
+            self.finished, self.shapes = _read(self._work.done)
+            self._told.update(self.shapes)
+            self.folder = self._work.path / _MADE
+            self.folder.mkdir(exist_ok=True)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.folder is None:
-            return
-        self._journal.close()
-        if not self._published and not (self._resume and error is not None):
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.release()
+        """Remove all of it, unless the run failed and is to be resumed."""
+        self._stack.__exit__(kind, error, trace)
 
     def note(self, source: str, record: Record, shapes: Shapes, marks: torch.Tensor | None = None) -> None:
         """Remember what is finished.
@@ -124,20 +112,16 @@ class Work:
         if self.folder is None:
             return
         self._tell(record["key"], shapes)
-        said = {"source": source, **record}
+        said = dict(record)
         if marks is not None:
             said["marks"] = base64.b64encode(marks.numpy().tobytes()).decode("ascii")
-        self._line(said)
+        self._work.record(_ADAPTER + source, said)
 
     def _tell(self, key: str, shapes: Shapes) -> None:
         """Write shapes down once."""
         if key not in self._told:
             self._told.add(key)
-            self._line({"shapes": dict(shapes), "key": key})
-
-    def _line(self, record: Record) -> None:
-        self._journal.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._journal.flush()
+            self._work.record(_SHAPES + key, dict(shapes))
 
     def holds(self, path: str, sha256: str) -> bool:
         """Whether a file that the journal tells of is there as it was written."""
@@ -147,17 +131,17 @@ class Work:
             return _pack_index.file_digest(self.folder / path) == sha256
         return False
 
-    def write(self, ready: Prepared, path: str) -> str:
-        """Write one adapter.
+    def discard(self, path: str) -> None:
+        """Remove an adapter that is not to be in the pack; what stays, ``publish`` removes.
 
         Args:
-            ready: Its files.
-            path: A file, or a folder where the layout wants one, relative to the output.
-
-        Returns:
-            The sha256 of the weights.
+            path: A file or a folder, relative to the output.
         """
-        return "" if self.folder is None else ready.write(self.folder / path)
+        if self.folder is None or not path:
+            return
+        there = self.folder / path
+        with suppress(OSError):
+            shutil.rmtree(there) if there.is_dir() else there.unlink()
 
     def publish(self, index: str, kept: Iterable[str]) -> None:
         """Write the index, bring all to the disk, and give the folder its name.
@@ -171,11 +155,9 @@ class Work:
         """
         if self.folder is None:
             return
-        self._journal.close()
         try:
             self._clear(set(kept))
             (self.folder / _pack_index.NAME).write_text(index, "utf-8", newline="\n")
-            (self.folder / _JOURNAL).unlink()
             with ThreadPoolExecutor(_THREADS) as pool:
                 list(pool.map(atomic.sync, [each for each in self.folder.rglob("*") if each.is_file()]))
             self._rename()
@@ -186,7 +168,6 @@ class Work:
                 todo="Make room, check the permissions, or choose another folder",
             ) from error
         atomic.sync_folder(self.target.parent)
-        self._published = True
 
     def _clear(self, kept: set[str]) -> None:
         """Remove adapters that an interrupted run has written and this one does not have."""
@@ -197,12 +178,23 @@ class Work:
 
     def _rename(self) -> None:
         assert self.folder is not None
-        old = self.target.with_name(f".{self.target.name}.old")
+        unchanged.check()
         if self.target.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            old = self._work.path / REPLACED
+            shutil.rmtree(old, ignore_errors=True)  # of a run that was killed when it was done
             os.replace(self.target, old)
-        os.replace(self.folder, self.target)
-        shutil.rmtree(old, ignore_errors=True)
+        unchanged.rename(self.folder, self.target)
+
+
+def identity(options: Mapping[str, Any], base: str) -> Identity:
+    """What tells a pack from another, but for its adapters, of which each is told by itself.
+
+    Args:
+        options: What was asked for and decides a byte of what is written.
+        base: The base model's path, or empty.
+    """
+    inputs = {base: _identity_of.of_base(keys_of(base))} if base else {}
+    return _identity_of.identity("pack", inputs, options)
 
 
 def marks_of(record: Record) -> torch.Tensor:
@@ -211,26 +203,37 @@ def marks_of(record: Record) -> torch.Tensor:
     return torch.from_numpy(numpy.frombuffer(data, "<f8").copy())
 
 
-def _read(path: Path, options: str) -> tuple[dict[str, Record], dict[str, Shapes]]:
-    """The records of an interrupted run of these options, and the shapes that they speak of; none of another."""
-    found: dict[str, Record] = {}
-    shapes: dict[str, Shapes] = {}
+def _read(done: Mapping[str, Any]) -> tuple[dict[str, Record], dict[str, Shapes]]:
+    """The records of an interrupted run, and the shapes that they speak of, as far as they are what is written here."""
+    shapes = {
+        name.removeprefix(_SHAPES): said
+        for name, said in done.items()
+        if name.startswith(_SHAPES)
+        and _pack_fields.are_shapes(said)
+        and _pack_plan.key_of(said) == name.removeprefix(_SHAPES)
+    }
+    finished = {
+        name.removeprefix(_ADAPTER): said
+        for name, said in done.items()
+        if name.startswith(_ADAPTER) and _is_sound(said, shapes)
+    }
+    return finished, shapes
+
+
+def _is_sound(said: Any, shapes: Mapping[str, Shapes]) -> bool:
+    """Whether a record is one that could be gone on with."""
+    if not isinstance(said, dict) or not isinstance(said.get("key"), str) or said["key"] not in shapes:
+        return False
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError:
-        return found, shapes
-    for number, line in enumerate(lines):
-        try:
-            record = json.loads(line)
-        except ValueError:  # where the run was killed
-            break
-        if not isinstance(record, dict) or (number == 0 and record.get("options") != options):
-            return {}, {}
-        if "shapes" in record:
-            shapes[record["key"]] = record["shapes"]
-        elif number:
-            found[str(record.get("source"))] = record
-    return found, shapes
+        if "alias" in said:
+            _pack_fields.alias(said["alias"], "")
+            return True
+        _pack_fields.packed(said.get("adapter"), "")
+        found = marks_of(said)
+    except (MalformedFileError, KeyError, TypeError, ValueError):
+        return False
+    whole = found.shape == (_pack_twins.MARKS,) and bool(found.isfinite().all())
+    return whole and isinstance(said.get("arch"), str)
 
 
 def check_output(output: files.PathLike, *, overwrite: bool, resume: bool) -> None:
@@ -241,6 +244,7 @@ def check_output(output: files.PathLike, *, overwrite: bool, resume: bool) -> No
         WriteError: Its folder does not exist.
     """
     target = os.fspath(output)
+    check_system(target)
     parent = os.path.dirname(os.path.realpath(target))
     if not os.path.isdir(parent):
         raise WriteError(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loratools.errors import MalformedFileError, OptionError
+from loratools.io.json_text import brief
 
 _ROW: Mapping[str, tuple[type, ...]] = {
     "path": (str,),
@@ -57,7 +58,7 @@ def checked(found: Any, path: str) -> dict[str, Any]:
     _check(found, _TYPES, "the recipe", path)
     if found.get("recipe", 1) != 1:
         raise OptionError(
-            f"the recipe is of format {found['recipe']}",
+            f"the recipe is of format {brief(found['recipe'])}",
             path=path,
             expected="Format 1 was expected",
             todo="Use a later loratools",
@@ -92,11 +93,11 @@ def number(value: Any, name: str, path: str) -> float:
     """
     try:
         found = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found):
         raise MalformedFileError(
-            f"{name} is {value!r}",
+            f"{name} is {brief(value)}",
             path=path,
             expected="A finite number was expected",
             todo="Correct the recipe",
@@ -117,7 +118,7 @@ def _set(given: Any, name: str, path: str) -> Any:
 
 def _no_mapping(found: Any, what: str, path: str) -> MalformedFileError:
     return MalformedFileError(
-        f"{what} is {found!r}",
+        f"{what} is {brief(found)}",
         path=path,
         expected="A mapping was expected",
         todo="Compare with one that --save-recipe writes",
@@ -131,7 +132,7 @@ def _check(found: Any, types: Mapping[str, tuple[type, ...]], what: str, path: s
     for name, value in found.items():
         if name not in types:
             raise MalformedFileError(
-                f"{what} has a field {name!r}, which means nothing",
+                f"{what} has a field {brief(name)}, which means nothing",
                 path=path,
                 candidates=difflib.get_close_matches(str(name), types),
                 expected=f"The fields are {', '.join(types)}",
@@ -139,7 +140,7 @@ def _check(found: Any, types: Mapping[str, tuple[type, ...]], what: str, path: s
         wrong = isinstance(value, bool) and bool not in types[name]
         if value is not None and (wrong or not isinstance(value, types[name])):
             raise MalformedFileError(
-                f"{name} of {what} is {value!r}",
+                f"{name} of {what} is {brief(value)}",
                 path=path,
                 expected=f"For {name}, {_WORDS[types[name][0]]} was expected",
             )

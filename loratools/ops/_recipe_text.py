@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import json
 from typing import Any
 
-from loratools.errors import MalformedFileError, MissingFileError, OptionError, ReadError
+from loratools.errors import LoraError, MalformedFileError, MissingFileError, OptionError, ReadError
+from loratools.io import json_text, storage
+
+_LONGEST_YAML = 1_000_000  # characters: PyYAML takes some seconds for as many
 
 
 def parsed(path: str) -> Any:
@@ -19,14 +21,15 @@ def parsed(path: str) -> Any:
         OptionError: It is YAML, and PyYAML is not installed.
     """
     try:
-        with open(path, encoding="utf-8") as stream:
-            text = stream.read()
+        text = storage.read_all(path, storage.TEXT).decode("utf-8")
+    except LoraError:
+        raise
     except FileNotFoundError:
         raise MissingFileError("there is no such recipe", path=path) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path that can be none
         raise ReadError(f"the recipe cannot be read: {error}", path=path) from error
     try:
-        return json.loads(text)
+        return json_text.loads(text)
     except ValueError as error:
         if not path.lower().endswith((".yaml", ".yml")):
             raise MalformedFileError(
@@ -39,6 +42,13 @@ def parsed(path: str) -> Any:
 
 
 def _yaml(text: str, path: str) -> Any:
+    if len(text) > _LONGEST_YAML:
+        raise MalformedFileError(
+            f"the recipe has {len(text):,} characters of YAML other than JSON",
+            path=path,
+            expected=f"At most {_LONGEST_YAML:,} were expected",
+            todo="Write it as JSON",
+        )
     try:
         # An optional package, which is for recipes that are written by hand alone.
         yaml = importlib.import_module("yaml")
@@ -51,7 +61,11 @@ def _yaml(text: str, path: str) -> Any:
         ) from None
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: dates and numbers that are none
         raise MalformedFileError(
             f"the recipe is no YAML: {' '.join(str(error).split())}",
             path=path,

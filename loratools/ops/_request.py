@@ -122,7 +122,7 @@ def request(
         layout=target_layout,
         arch=arch,
         dtype=None if dtype == "keep" else files.STORE_DTYPES[dtype],
-        device=_device(device, chosen),
+        device=usable(device, auto=fastest(chosen), wanted=torch.float64),
         allow_nonfinite=allow_nonfinite,
         alpha=_common_alpha(adapters, rank) if target_layout.name == "kohya" else None,
         steps=checked(steps, adapters),
@@ -208,10 +208,9 @@ def written_layout(adapters: Sequence[Adapter], name: str | None) -> Layout:
     return Layout(wanted, _PRESENT.get((wanted, first.layout.variant), first.layout.variant))
 
 
-def _device(name: str, method: methods.Method) -> str:
-    # Lossless methods work on small matrices, which cost more to move than to compute with.
-    fastest = "cuda" if not method.lossless and torch.cuda.is_available() else "cpu"
-    return usable(name, auto=fastest, wanted=torch.float64)
+def fastest(method: methods.Method) -> str:
+    """What "auto" means: the CPU for lossless methods, whose small matrices cost more to move than to compute with."""
+    return "cuda" if not method.lossless and torch.cuda.is_available() else "cpu"
 
 
 def refuse(asked: Request) -> None:

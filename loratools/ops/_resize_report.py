@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from loratools import __version__, formats
+from loratools.io import storage
 from loratools.model import Adapter, Module, Target
 from loratools.ops import _merged, _resize_ranks, files
 from loratools.ops._resize_module import Resized, has_kernel
@@ -228,11 +229,11 @@ def _dtypes(adapter: Adapter) -> dict[str, int]:
 
 def _bytes_of(adapter: Adapter) -> int:
     """The size of an adapter's file, and of the configuration that its layout keeps beside it."""
-    if not os.path.isfile(adapter.path):
+    if not storage.is_file(adapter.path):
         return 0
-    size = os.path.getsize(adapter.path)
+    size = storage.size(adapter.path)
     form = formats.get(adapter.layout.name) if adapter.layout.name != "unknown" else None
     beside = os.path.join(os.path.dirname(adapter.path), files.CONFIG)
     return size + (
-        os.path.getsize(beside) if form is not None and form.folder and os.path.isfile(beside) else 0
+        storage.size(beside) if form is not None and form.folder and storage.is_file(beside) else 0
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 
 from loratools import kinds
 from loratools.errors import OptionError, UnsupportedKindError
@@ -16,19 +15,17 @@ from loratools.model import Adapter, Layout, Module, Target
 from loratools.ops import (
     _as_kind,
     _merged,
-    _resize_batch,
     _resize_layout,
     _resize_ranks,
     _resize_report,
     files,
 )
 from loratools.ops._base_weights import Weights
-from loratools.ops._resize_batch import Piece
-from loratools.ops._resize_each import Steps, Task, Work, each_module, needs_base
-from loratools.ops._resize_module import Resized, Spectrum, has_kernel, resized, spectrum
-from loratools.ops._resize_norms import norm_of
+from loratools.ops._resize_each import Work, each_module, needs_base
+from loratools.ops._resize_module import Resized, has_kernel
 from loratools.ops._resize_options import Options
 from loratools.ops._resize_ranks import Known
+from loratools.ops._resize_steps import CUTTING, SEEING, Cutting, Made, Seeing, Seen
 from loratools.ops._resize_store import Form, cost, shaped
 from loratools.ops.resize_results import ResizeReport
 
@@ -101,22 +98,9 @@ def common_alpha(layout: Layout, modules: Mapping[Target, Module], asked: Option
 
 def _planned(work: Work, inputs: _merged.Inputs) -> tuple[dict[Target, int], dict[Target, float]]:
     """Ranks that depend on all modules, and the norms that directions were scored against."""
-
-    def limit(task: Task) -> int | None:
-        return work.asked.limit(wide=has_kernel(task.module))
-
-    def known_of(task: Task, found: Spectrum) -> Known:
-        norm = norm_of(task.against, work.asked.norm) if task.against is not None else None
-        return Known(task.module, found, norm)
-
-    def look(task: Task, place: str) -> Known:
-        return known_of(task, spectrum(task.module, task.base, limit(task), place))
-
-    def look_together(tasks: list[Task]) -> list[Known]:
-        pieces = [Piece(task.module, task.base, limit(task)) for task in tasks]
-        return list(map(known_of, tasks, _resize_batch.spectra(pieces, work.form.place)))
-
-    known = each_module(work, Steps(look, look_together), scored=True)
+    seeing = Seeing(work.asked, work.form.place)
+    seen: dict[Target, Seen] = each_module(work, seeing, SEEING, ranks={}, scored=True)
+    known = {target: Known(work.modules[target], *each) for target, each in seen.items()}
     shapes = {target: each.spectrum.shape for target, each in known.items()}
     costs = {target: cost(each.module, shapes[target], work.form) for target, each in known.items()}
 
@@ -133,26 +117,9 @@ def _planned(work: Work, inputs: _merged.Inputs) -> tuple[dict[Target, int], dic
 
 def _cut(work: Work, ranks: Mapping[Target, int], form: Form) -> dict[Target, Resized]:
     """Every module at its rank: one that was planned, or the one that it needs by itself."""
-
-    def piece(task: Task) -> Piece:
-        module, planned = task.module, ranks.get(task.target)
-        wide = has_kernel(module)
-        fixed = planned or work.asked.fixed(wide=wide)
-        choose = partial(_resize_ranks.own, work.asked, module) if fixed is None else partial(_always, fixed)
-        return Piece(module, task.base, fixed or work.asked.limit(wide=wide), choose)
-
-    def cut(task: Task, place: str) -> Resized:
-        module, base, limit, choose = piece(task)
-        return resized(module, base, limit, form._replace(place=place), choose)
-
-    def cut_together(tasks: list[Task]) -> list[Resized]:
-        return _resize_batch.resized_batch(list(map(piece, tasks)), form)
-
-    return each_module(work, Steps(cut, cut_together), scored=False, progress=work.progress)
-
-
-def _always(rank: int, _: Spectrum) -> int:
-    return rank
+    cutting = Cutting(work.asked, form)
+    made: dict[Target, Made] = each_module(work, cutting, CUTTING, ranks=ranks, progress=work.progress)
+    return {target: each.whole(work.modules[target]) for target, each in made.items()}
 
 
 def _assembled(work: Work, made: Mapping[Target, Module], inputs: _merged.Inputs) -> Adapter:

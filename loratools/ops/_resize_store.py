@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import torch
 
+from loratools.engine.kept import held
 from loratools.errors import NonFiniteError
 from loratools.kinds import lora
 from loratools.maths.lowrank import COMPUTE, Factors
 from loratools.model import Module
 from loratools.ops.as_lora import store_dtype
-from loratools.tensors import DTYPES, LazySource, TensorRef, from_torch
+from loratools.tensors import DTYPES, LazySource, TensorRef
 
 BIASES = ("up_bias", "diff_b")
 # A relative error of rounding whose square no longer vanishes beside it.
@@ -125,7 +126,7 @@ def _store(tensor: torch.Tensor, dtype: str, module: Module) -> TensorRef:
             keys=[ref.name for ref in module.factors.values() if ref.name],
             todo="Choose --dtype float32 or bfloat16",
         )
-    return from_torch("", after)
+    return held("", after)
 
 
 def _empty(shape: tuple[int, ...], dtype: str) -> TensorRef:

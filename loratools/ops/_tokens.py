@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from loratools.errors import LayoutError, MalformedFileError
+from loratools.io import storage
 from loratools.io._model_files import read_json
 from loratools.model import Adapter
 from loratools.ops._merge_steps import shown_name
@@ -74,12 +75,12 @@ def words_of(adapter: Adapter) -> Words | None:
     """
     if not adapter.path:
         return None
-    folder = adapter.path if os.path.isdir(adapter.path) else os.path.dirname(adapter.path)
+    folder = adapter.path if storage.is_dir(adapter.path) else os.path.dirname(adapter.path)
     whole, added = os.path.join(folder, TOKENIZER), os.path.join(folder, ADDED)
     own, found = None, None
-    if os.path.isfile(whole):
+    if storage.is_file(whole):
         own, found = _of_tokenizer(_json(whole), whole)
-    if os.path.isfile(added):
+    if storage.is_file(added):
         found = {**(found or {}), **_of_added(_json(added), added)}
     return None if found is None else Words(own, dict(sorted(found.items())))
 

@@ -6,6 +6,8 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from loratools.errors import ReadError
+from loratools.io import storage
 from loratools.io.mapped import MappedSource
 from loratools.io.regions import read_at
 from loratools.model import Adapter, Module
@@ -30,10 +32,17 @@ class ReadSource:
 
         Raises:
             MalformedFileError: The file is shorter than it was.
-            OSError: It cannot be read.
+            ReadError: It cannot be read.
         """
         data = bytearray(self.stop - self.start)
-        read_at(self.path, self.start, data)
+        try:
+            read_at(self.path, self.start, data)
+        except OSError as error:
+            raise ReadError(
+                f"cannot be read: {error.strerror or error}",
+                path=self.path,
+                todo="Check that it is still there, and its permissions",
+            ) from error
         return memoryview(data)
 
     def torch(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
@@ -56,6 +65,6 @@ def _module(module: Module) -> Module:
 
 def _read(ref: TensorRef) -> TensorRef:
     source = ref.source
-    if not isinstance(source, MappedSource):
+    if not isinstance(source, MappedSource) or storage.is_url(source.file.path):  # which is not mapped
         return ref
     return ref._replace(source=ReadSource(source.file.path, source.start, source.stop))

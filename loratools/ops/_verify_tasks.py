@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from loratools.engine import Item
 from loratools.errors import ArchitectureError
 from loratools.io.base import Base, Weight
 from loratools.ops._changes import Change, Plan
@@ -19,6 +21,9 @@ BAKED, PARTLY, NOT_BAKED, WRONG, ABSENT, UNEXPECTED = (
     "absent",
     "unexpected",
 )
+_WIDE = 8  # bytes of a number of a factor, as it is computed with
+_COMPARED = 16.0  # operations on a value beside those that make it: differences, neighbours, sums
+_BLOCKS = 64 << 20  # bytes: what is worked on at a time, in float64
 LOST = "the store dtype has no room for the change, and nothing of it is there"
 
 
@@ -133,6 +138,37 @@ def _dropped_scales(own: Mapping[str, Weight], result: Mapping[str, Weight]) -> 
         if _is_float8(weight) and key in result and not _is_float8(result[key])
     )
     return {scale.key for scale in scales if scale is not None and scale.key not in result}
+
+
+def item(task: Task) -> Item:
+    """What comparing one tensor costs an executor."""
+    weights = [each for each in _weights(task) if each is not None]
+    stored = sum(weight.nbytes for weight in weights)
+    if isinstance(task, Kept):
+        name, same = (
+            f"{task.weight.file}: {task.key}",
+            task.baked is None or task.baked.dtype == task.weight.dtype,
+        )
+        return Item(name, read=stored, memory=0 if same else _BLOCKS + stored, kind="same")
+    numbers = math.prod(task.change.weight.shape)
+    modules = [term.module for term in task.change.terms if term.module is not None]
+    factors = [ref for module in modules for _, ref in module.tensors()]
+    factors += [term.tensor for term in task.change.terms if term.tensor is not None]
+    wide = _WIDE * sum(math.prod(ref.shape) for ref in factors)
+    return Item(
+        f"{task.change.weight.file}: {task.key}",
+        read=stored + sum(ref.nbytes for ref in factors),
+        memory=_BLOCKS + stored + wide,
+        cost=numbers * (_COMPARED + sum(2.0 * (module.rank or 1) for module in modules)),
+        kind="verify",
+    )
+
+
+def _weights(task: Task) -> tuple[Weight | None, ...]:
+    """All stored tensors that a task reads."""
+    if isinstance(task, Job):
+        return task.change.weight, task.change.scale, task.baked, task.scale
+    return task.weight, task.scale, task.baked, task.baked_scale
 
 
 def strangers(base: Base, baked: Base, plan: Plan) -> Iterator[VerifiedTensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from loratools.io.base import Weight, load
-from loratools.io.regions import read_at
+from loratools.io.regions import opened, read_at
 from loratools.ops._verify_tasks import ABSENT, Kept, unexpected
 from loratools.ops._verify_tensor import BLOCK, stored
 from loratools.ops.checkpoint_results import VerifiedTensor
@@ -30,13 +30,13 @@ def _same_bytes(one: Weight, other: Weight) -> bool:
     if one.start is None or other.start is None:
         first, second = (load(each).contiguous().reshape(-1).view(torch.uint8) for each in (one, other))
         return torch.equal(first, second)
-    with open(one.file, "rb", buffering=0) as first_file, open(other.file, "rb", buffering=0) as second_file:
+    with opened(one.file) as first_file, opened(other.file) as second_file:
         pair = bytearray(_PIECE), bytearray(_PIECE)
         for done in range(0, one.nbytes, _PIECE):
             if one.nbytes - done < _PIECE:
                 pair = bytearray(one.nbytes - done), bytearray(one.nbytes - done)
-            read_at(first_file.fileno(), one.start + done, pair[0], path=one.file)
-            read_at(second_file.fileno(), other.start + done, pair[1], path=other.file)
+            read_at(first_file, one.start + done, pair[0], path=one.file)
+            read_at(second_file, other.start + done, pair[1], path=other.file)
             if pair[0] != pair[1]:
                 return False
     return True

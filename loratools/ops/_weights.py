@@ -70,6 +70,10 @@ class Weights:
         """What the module of an input at a target is multiplied by."""
         return self._found[source][target]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Sent elsewhere, it knows what modules are multiplied by, and nothing else."""
+        return _only, (self._found,)
+
     def hits(self, source: int) -> list[dict[str, Any]]:
         """What each multiplier hit in an input: "by", "name", "weight" and "modules", a count.
 
@@ -137,6 +141,13 @@ class Weights:
                 expected=f"A part of a module's path was expected; the first is {first}",
                 todo="Correct the patterns, or leave them out",
             )
+
+
+def _only(found: list[dict[Target, float]]) -> Weights:
+    """Weights that know what modules are multiplied by, and nothing else."""
+    made = Weights.__new__(Weights)
+    made.__dict__["_found"] = found
+    return made
 
 
 def _each(specs: Sequence[Mapping[str, float]], count: int, what: str) -> list[Mapping[str, float]]:

@@ -10,17 +10,17 @@ import math
 import os
 import time
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from loratools import io
 from loratools.errors import OptionError
+from loratools.io import unchanged
 from loratools.io.base import Base, keys_of
+from loratools.io.uploading import uploads
 from loratools.model import Adapter
-from loratools.ops import _bake_beside, _bake_run, _locate, files
-from loratools.ops._bake_digest import digest
-from loratools.ops._bake_lanes import Lanes
+from loratools.ops import _bake_beside, _bake_output, _locate, files
+from loratools.ops._bake_output import Planned
 from loratools.ops._bake_run import Meter, Options, Progress
-from loratools.ops._bake_shards import ShardPlan, shard_plans
+from loratools.ops._bake_shards import shard_plans
 from loratools.ops._changes import Plan
 from loratools.ops._outputs import PICKLES, PathLike, check_output
 from loratools.ops._strengths import strengths
@@ -33,39 +33,8 @@ if TYPE_CHECKING:
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 
 
-class _Bake(NamedTuple):
-    """A bake that was checked and planned.
-
-    Attributes:
-        base: The checkpoint.
-        adapters: The adapters.
-        strengths: What each is multiplied by.
-        plan: What changes.
-        shards: How each file is written.
-        options: How tensors are computed.
-        container: Of the output.
-        output: Its path.
-        engine: Where tensors are computed; None for this machine's threads.
-        replaced: Files of another model in the output's folder, which go.
-    """
-
-    base: Base
-    adapters: tuple[Adapter, ...]
-    strengths: tuple[float, ...]
-    plan: Plan
-    shards: tuple[ShardPlan, ...]
-    options: Options
-    container: str
-    output: str
-    engine: Engine | None = None
-    replaced: tuple[str, ...] = ()
-
-    @property
-    def bytes(self) -> int:
-        """Size of the tensors' files, as good as known before they are written."""
-        return sum(_bake_run.size_of(shard, self.options.store) for shard in self.shards)
-
-
+@uploads
+@unchanged.watched
 def bake(
     base: PathLike,
     adapters: Sequence[PathLike | Adapter],
@@ -99,7 +68,8 @@ def bake(
         rounding: To the store dtype: "nearest", "stochastic" (unbiased), or "compensated" (to nearest, then corrected
             in the adapters' own subspace).
         seed: Of stochastic rounding.
-        resume: Go on where an interrupted bake of several files stopped; keep finished files if this one is.
+        resume: Go on with a bake of the same inputs and options that was interrupted, and keep what is done if this one
+            is.
         skip_missing: Leave out modules that the base has no weight for.
         arch: The architecture, overriding detection.
         dtype: The store dtype: "float32", "float16", "bfloat16", or "keep".
@@ -108,7 +78,7 @@ def bake(
         overwrite: Whether an existing output may be replaced; it may be the base itself.
         dry_run: Plan, estimate, and write nothing.
         progress: Called with a tensor's name, the bytes done and the bytes of all.
-        engine: Where to compute; default: this machine's threads.
+        engine: Where the work is done; default: this machine's threads.
 
     Raises:
         LoraError: Nothing was written under the output's name.
@@ -135,7 +105,7 @@ def bake(
     )
     name = os.path.basename(os.fspath(output))
     shards = shard_plans(found, plan, container=container, store=options.store, name=name)
-    planned = _Bake(
+    planned = Planned(
         found, loaded, multiplied, plan, tuple(shards), options, container, os.fspath(output), engine
     )
     planned = planned._replace(
@@ -145,64 +115,18 @@ def bake(
         from loratools.ops._bake_estimate import estimate
 
         planning = time.perf_counter() - started
-        found_out = estimate(shards, options, planned.output, planned.bytes, planning=planning)
+        found_out = estimate(shards, options, planned.output, planning=planning, engine=engine)
         return _report(planned, [], started, estimate=found_out)
     meter = Meter(planned.bytes, progress)
-    if found.folder:
-        return _to_folder(planned, meter, started, overwrite=overwrite, resume=resume)
-    if resume:
-        raise OptionError(
-            "a bake of a single file has no part to resume at",
-            path=found.path,
-            todo="Leave --resume away; it is for models of several files",
-        )
-    with io.atomic_output(output, overwrite, planned.bytes) as temporary:
-        baked = _write_file(planned, shards[0], os.fspath(temporary), meter)
-        size = os.path.getsize(temporary)
-    return _report(planned, baked, started)._replace(bytes=size)
-
-
-def _write_file(planned: _Bake, shard: ShardPlan, path: str, meter: Meter) -> list[BakedTensor]:
-    """Write one file, whole and on the disk."""
-    with Lanes([shard], lambda _: path, lambda _: None, planned.options, meter) as lanes:
-        return lanes.run(planned.engine)
-
-
-def _to_folder(planned: _Bake, meter: Meter, started: float, *, overwrite: bool, resume: bool) -> BakeReport:
-    """Write a model of several files."""
-    from loratools.io.model_folder import ModelFolder
-    from loratools.ops._bake_configs import write_configs
-
-    _refuse_inside(planned.base, planned.output)
-    base, options = planned.base, planned.options
-    made = digest(base, planned.adapters, planned.plan, options)
-    with ModelFolder(
-        planned.output,
-        base,
-        overwrite=overwrite,
-        resume=resume,
-        digest=made,
-        replaced=planned.replaced,
-    ) as folder:
-        shards = [shard for shard in planned.shards if shard.name not in folder.done]
-        meter.skip(planned.bytes - sum(_bake_run.size_of(shard, options.store) for shard in shards))
-        with Lanes(shards, folder.place, folder.finished, options, meter) as lanes:
-            baked = lanes.run(planned.engine)
-        write_configs(base, planned.shards, planned.plan, options.store, folder.write_json)
-        resumed = len(folder.done)
-        reason = folder.fresh_reason
-        beside = folder.beside
-    report = _report(planned, baked, started)
-    notes: tuple[str, ...] = (f"nothing to resume: {reason}",) if resume and reason else ()
-    if resumed:
-        notes += (
-            f"files that were there from the interrupted run, and are not reported on again: {resumed}",
-        )
+    result = _bake_output.write(planned, meter, overwrite=overwrite, resume=resume)
+    reason = result.fresh_reason
+    notes = (f"nothing to resume: {reason}",) if resume and reason else ()
+    report = _report(planned, result.done.tensors, started)
     return report._replace(
-        bytes=sum(os.path.getsize(os.path.join(planned.output, shard.name)) for shard in planned.shards),
-        beside=tuple(beside),
-        resumed=resumed,
-        seconds=time.perf_counter() - started,
+        bytes=result.bytes,
+        beside=result.beside,
+        resumed=result.done.taken,
+        resumed_bytes=result.done.taken_bytes,
         notes=(*report.notes, *notes),
     )
 
@@ -247,21 +171,8 @@ def _container(base: Base, output: str) -> str:
     return "pickle" if suffix in PICKLES else "safetensors"
 
 
-def _refuse_inside(base: Base, output: str) -> None:
-    """Refuse an output inside the base's folder, which would become a part of it.
-
-    Raises:
-        OptionError: It is.
-    """
-    model, goal = os.path.realpath(base.folder), os.path.realpath(output)
-    if goal.startswith(model + os.sep):
-        raise OptionError(
-            "the output would lie inside the base model's folder", path=output, todo="Choose another place"
-        )
-
-
 def _report(
-    planned: _Bake, baked: list[BakedTensor], started: float, *, estimate: BakeEstimate | None = None
+    planned: Planned, baked: list[BakedTensor], started: float, *, estimate: BakeEstimate | None = None
 ) -> BakeReport:
     plan, options = planned.plan, planned.options
     tensors = tuple(baked) if estimate is None else _planned(plan)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from loratools.ops.prediction_results import Estimate
+
 
 class BakedTensor(NamedTuple):
     """One tensor of the base that changed.
@@ -37,15 +39,15 @@ class BakedTensor(NamedTuple):
 
 
 class BakeEstimate(NamedTuple):
-    """How long a bake will take, from a quick probe.
+    """What a bake will take, from a quick probe.
 
     Attributes:
-        seconds: Of the whole.
-        copy_rate: Bytes per second that were copied to the output's disk.
-        compute_rate: Bytes per second of weights that were computed.
+        whole: All of it.
+        copy_rate: Bytes per second that were copied to the output's disk; infinite where the base is at a URL.
+        compute_rate: Bytes per second of weights that all workers compute; infinite where none are.
     """
 
-    seconds: float
+    whole: Estimate
     copy_rate: float
     compute_rate: float
 
@@ -73,7 +75,8 @@ class BakeReport(NamedTuple):
         precise: Whether it was computed in float64.
         kept: As in ``BakedTensor``, of all tensors together; None on a dry run.
         error: Likewise.
-        resumed: How many files were there already from an interrupted run.
+        resumed: How many tensors and copied ranges of an interrupted run were found to be as they should be.
+        resumed_bytes: Their size.
         seconds: How long it took.
         estimate: On a dry run.
         notes: What the caller should know.
@@ -99,6 +102,7 @@ class BakeReport(NamedTuple):
     kept: float | None = None
     error: float | None = None
     resumed: int = 0
+    resumed_bytes: int = 0
     seconds: float = 0.0
     estimate: BakeEstimate | None = None
     notes: tuple[str, ...] = ()
@@ -166,8 +170,9 @@ class ExtractReport(NamedTuple):
         optimum: The lower bound of it at these ranks.
         device: Where it was computed.
         seconds: How long it took.
-        estimate: Seconds that it would take, on a dry run; None otherwise.
+        estimate: What it would take, on a dry run; None otherwise.
         notes: What the caller should know.
+        resumed: How many weights were compared before, by the run that was interrupted.
     """
 
     base: str
@@ -186,8 +191,9 @@ class ExtractReport(NamedTuple):
     optimum: float = 0.0
     device: str = "cpu"
     seconds: float = 0.0
-    estimate: float | None = None
+    estimate: Estimate | None = None
     notes: tuple[str, ...] = ()
+    resumed: int = 0
 
     @property
     def ranks(self) -> Mapping[int, int]:

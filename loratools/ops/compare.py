@@ -12,19 +12,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 
 from loratools import formats
-from loratools.engine import local
+from loratools.engine import Engine, Plan
+from loratools.engine.local import Local
+from loratools.engine.ordered import in_order
 from loratools.errors import NonFiniteError, OptionError, UnsupportedKindError
+from loratools.io import unchanged
 from loratools.io.base import keys_of
 from loratools.model import Adapter, Target
 from loratools.ops import _compare_inputs, _compare_report, align
 from loratools.ops._base_weights import Weights
 from loratools.ops._compare_report import Collected
-from loratools.ops._compare_target import Job, TargetFigures, compare_target
-from loratools.ops._device import usable
+from loratools.ops._compare_target import Job, Task, bound, item, work
+from loratools.ops._device import elsewhere, usable
 from loratools.ops._outputs import PathLike
 from loratools.ops.align import Contribution
 from loratools.ops.compare_results import CompareReport
@@ -37,6 +41,7 @@ SAMPLED_ROWS = 64
 """How many rows of each ΔW the sign conflict rests on, where it need not be exact."""
 
 
+@unchanged.watched
 def compare(
     adapters: Sequence[Adapter | PathLike],
     *,
@@ -50,6 +55,7 @@ def compare(
     device: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
+    engine: Engine | None = None,
 ) -> CompareReport:
     """Compare adapters of one architecture.
 
@@ -65,6 +71,7 @@ def compare(
         device: "auto", "cpu", "cuda", "cuda:N".
         threads: How many targets are worked on side by side, a count; default: one per processor.
         progress: Called with the target's name, its number and the count of all.
+        engine: Where to compute; default: this machine's threads, or its ``device``.
 
     Raises:
         LoraError: They cannot be compared; the message says which and why.
@@ -80,7 +87,7 @@ def compare(
         )
     common = _compare_inputs.common_arch(found.adapters)
     _compare_inputs.refuse(found.adapters, base)
-    place = usable(device, wanted=torch.float64)
+    place = usable(device, wanted=torch.float64) if engine is None else elsewhere(device)
     held = Weights(keys_of(base), common) if base is not None else None
     if held is not None:
         found = found._replace(adapters=_compare_inputs.unpacked(found.adapters, held.base))
@@ -89,7 +96,7 @@ def compare(
         rows = 0 if exact else SAMPLED_ROWS
         job = Job(given, held, place, detailed, rows=rows, angles=modules)
         collected = Collected(len(adapters), detailed=detailed, modules=modules)
-        _run(job, targets, collected, threads, progress)
+        _run(job, targets, collected, engine or Local(threads), progress)
     _refuse_found(collected, found.adapters)
     return _compare_report.report(found, common, job, targets, collected, suggest=suggest)
 
@@ -107,13 +114,13 @@ def _run(
     job: Job,
     targets: Mapping[Target, Sequence[Contribution]],
     collected: Collected,
-    threads: int | None,
+    engine: Engine,
     progress: Progress | None,
 ) -> None:
-    def work(target: Target) -> TargetFigures:
-        return compare_target(job, target, targets[target])
-
-    for number, found in enumerate(local.run(work, targets, threads=threads), start=1):
+    tasks = [Task(target, tuple(brought)) for target, brought in targets.items()]
+    plan = Plan(partial(work, job), tasks, [item(task) for task in tasks], bound)
+    # Sums over targets are rounded: they are made in one order, whatever the order in which targets are done.
+    for number, found in enumerate(in_order(engine.run(plan)), start=1):
         collected.add(found)
         if progress is not None:
             progress(str(found.target), number, len(targets))

@@ -11,6 +11,8 @@ from loratools import formats
 from loratools.errors import LayoutError, LoraError, OptionError
 from loratools.formats import Document, Format
 from loratools.formats._scaling import refuse_nonfinite
+from loratools.io import unchanged
+from loratools.io.uploading import uploads
 from loratools.model import EMPTY, Adapter, Module
 from loratools.ops import (
     _convert_report,
@@ -208,6 +210,8 @@ def _as_it_is(adapter: Adapter, form: Format) -> Converted:
     return Converted(adapter, document, ledger, modules, {}, (), adapter.notes)
 
 
+@uploads
+@unchanged.watched
 def convert_file(
     path: files.PathLike,
     output: files.PathLike,
@@ -323,8 +327,7 @@ def _refuse_base(base: files.PathLike | None, output: files.PathLike) -> None:
     """
     if base is None:
         return
-    model, goal = os.path.realpath(base), os.path.realpath(output)
-    if goal == model or (os.path.isdir(model) and goal.startswith(model + os.sep)):
+    if files.within(output, base):
         raise OptionError(
             "the output would be written over the base model",
             path=os.fspath(output),

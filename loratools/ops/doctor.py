@@ -9,6 +9,7 @@ from typing import Any
 from loratools import io, runtimes
 from loratools.errors import IncompleteModuleError, LoraError, NotAnAdapterError, OptionError, ShapeError
 from loratools.formats import _classify
+from loratools.io import storage
 from loratools.io._model_files import read_config
 from loratools.io.base import Base, keys_of
 from loratools.model import Adapter
@@ -187,7 +188,7 @@ def _base(given: files.PathLike | None) -> tuple[Base | None, list[Finding]]:
 def _header(given: str) -> Mapping[str, TensorRef]:
     """The tensors of whatever can be read, even where they make no adapter."""
     try:
-        file = (files.weights_of(given) or given) if os.path.isdir(given) else given
+        file = (files.weights_of(given) or given) if storage.is_dir(given) else given
         return io.open_tensors(file).tensors
     except (LoraError, OSError):
         return {}
@@ -195,7 +196,7 @@ def _header(given: str) -> Mapping[str, TensorRef]:
 
 def _config(given: str) -> Mapping[str, Any]:
     """The configuration beside what could not be read as an adapter."""
-    folder = given if os.path.isdir(given) else os.path.dirname(given)
+    folder = given if storage.is_dir(given) else os.path.dirname(given)
     try:
         return read_config(folder, files.CONFIG)
     except LoraError:

@@ -16,10 +16,12 @@ import torch
 from loratools import archs
 from loratools.engine import Engine
 from loratools.errors import ArchitectureError, LayoutError, OptionError
+from loratools.io import unchanged
 from loratools.io.base import keys_of
+from loratools.io.uploading import uploads
 from loratools.model import Adapter
 from loratools.ops import _extract_dry, _extract_run, _extract_write, _no_checkpoint, files
-from loratools.ops._device import has_float64, usable
+from loratools.ops._device import for_engine, has_float64, usable
 from loratools.ops._extract_jobs import work
 from loratools.ops._extract_options import Options, options
 from loratools.ops._extract_plan import compare
@@ -28,6 +30,8 @@ from loratools.ops._extract_side import sides
 from loratools.ops.checkpoint_results import ExtractReport
 
 
+@uploads
+@unchanged.watched
 def extract(
     base: files.PathLike,
     tuned: files.PathLike,
@@ -58,6 +62,7 @@ def extract(
     dry_run: bool = False,
     progress: Progress | None = None,
     engine: Engine | None = None,
+    resume: bool = False,
 ) -> tuple[Adapter | None, ExtractReport]:
     """Extract an adapter.
 
@@ -91,7 +96,9 @@ def extract(
         overwrite: Whether an existing output may be replaced.
         dry_run: Plan and estimate only.
         progress: Called with a weight's name, bytes done and bytes in all.
-        engine: Where to compute, on CPUs; default: this machine's threads, or its accelerator.
+        engine: Where to compute; default: this machine's threads, or its accelerator.
+        resume: Go on with an extraction that was interrupted, and keep what is done if this one is. What was done is
+            written down once a second, whether this is asked for or not.
 
     Returns:
         The adapter, in memory, where there is no output (and no dry run); and what was found.
@@ -119,10 +126,10 @@ def extract(
         _check_output(output, (base, tuned), overwrite=overwrite)
     place = _place(device, engine)
     planned = _planned(base, tuned, output, asked, arch, to)
-    planned = planned._replace(device=place, threads=threads, progress=progress, engine=engine)
+    planned = planned._replace(device=place, threads=threads, progress=progress, engine=engine, resume=resume)
     _check_layout(planned)
     if dry_run:
-        report = _extract_dry.report(planned)
+        report = _extract_dry.report(planned, planning=time.monotonic() - started)
         return None, report._replace(seconds=time.monotonic() - started)
     found, report = _extract_run.run(planned, overwrite=overwrite)
     return found, report._replace(seconds=time.monotonic() - started)
@@ -134,16 +141,8 @@ def _place(device: str, engine: Engine | None) -> str:
     Raises:
         OptionError: The device is not there, or an engine is given as well.
     """
-    if engine is None:
-        place = usable(device, auto="cuda" if torch.cuda.is_available() else "cpu")
-        return place if has_float64(place) else "cpu"
-    if device not in ("auto", "cpu"):
-        raise OptionError(
-            f"the device {device!r} and an engine are both given",
-            expected="An engine computes on the CPUs of where it sends the work",
-            todo="Leave one of them away",
-        )
-    return "cpu"
+    place = usable(for_engine(device, engine), auto="cuda" if torch.cuda.is_available() else "cpu")
+    return place if has_float64(place) else "cpu"
 
 
 def default_output(
@@ -194,10 +193,8 @@ def default_output(
 def _check_output(output: files.PathLike, inputs: Iterable[files.PathLike], *, overwrite: bool) -> None:
     """Refuse an output that cannot be written, or that would take the place of a checkpoint."""
     files.check_output(output, overwrite=overwrite)
-    goal = os.path.realpath(output)
     for path in inputs:
-        source = os.path.realpath(path)
-        if goal == source or goal.startswith(source + os.sep):
+        if files.within(output, path):
             raise OptionError(
                 "the output would be written over a checkpoint",
                 path=os.fspath(output),

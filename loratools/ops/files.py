@@ -11,7 +11,10 @@ from typing import Any, Literal
 from loratools import formats, io
 from loratools.errors import MissingFileError, NotAnAdapterError, OptionError
 from loratools.formats._read import refuse_other_types
+from loratools.io import storage
 from loratools.io._model_files import read_config
+from loratools.io.links import refuse_leaving
+from loratools.io.uploading import uploads
 from loratools.model import Adapter
 from loratools.ops._cast import cast as cast
 from loratools.ops._cast import cast_module as cast_module
@@ -20,6 +23,7 @@ from loratools.ops._outputs import PathLike as PathLike
 from loratools.ops._outputs import check_name as check_name
 from loratools.ops._outputs import check_output as check_output
 from loratools.ops._outputs import layout_of as layout_of
+from loratools.ops._outputs import within as within
 from loratools.tensors import TensorRef
 
 CONFIG = "adapter_config.json"
@@ -45,7 +49,7 @@ _PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 def weights_of(folder: str) -> str | None:
     """The file that holds a folder's adapter, or None where the folder is not an adapter's."""
     found = (os.path.join(folder, name) for name in _WEIGHTS)
-    return next((path for path in found if os.path.isfile(path)), None)
+    return next((path for path in found if storage.is_file(path)), None)
 
 
 def read(path: PathLike, *, arch: str | None = None, embedded: bool = False) -> Adapter:
@@ -59,7 +63,7 @@ def read(path: PathLike, *, arch: str | None = None, embedded: bool = False) -> 
     Raises:
         LoraError: It cannot be read.
     """
-    return named(io.open_tensors(_file(os.fspath(path))), arch=arch, embedded=embedded)
+    return named(io.open_tensors(_file(storage.pinned(path))), arch=arch, embedded=embedded)
 
 
 def named(opened: io.TensorFile, *, arch: str | None = None, embedded: bool = False) -> Adapter:
@@ -125,15 +129,18 @@ def bakeable(path: PathLike, *, arch: str | None = None) -> Adapter:
 
 
 def _file(given: str) -> str:
-    if not os.path.isdir(given):
+    if not storage.is_dir(given):
         return given
     found = weights_of(given)
     if found is not None:
+        refuse_leaving(found, given)
         return found
-    names = sorted(name for name in os.listdir(given) if name.lower().endswith(SUFFIXES))
+    inside = storage.names(given)
+    names = sorted(name for name in inside if name.lower().endswith(SUFFIXES))
     if len(names) == 1:
+        refuse_leaving(os.path.join(given, names[0]), given)
         return os.path.join(given, names[0])
-    if any(name in _MODEL_FILES or name.endswith(".index.json") for name in os.listdir(given)):
+    if any(name in _MODEL_FILES or name.endswith(".index.json") for name in inside):
         raise NotAnAdapterError(
             "this is the folder of a model, not of a LoRA adapter",
             path=given,
@@ -158,11 +165,12 @@ def _config(file: str, tensors: Mapping[str, TensorRef]) -> Mapping[str, Any]:
     described = ("adapter" in name.lower() and not whole) or any(
         key.startswith("base_model.") for key in tensors
     )
-    if not described or not os.path.isfile(beside):
+    if not described or not storage.is_file(beside):
         return {}
     return read_config(folder, CONFIG)
 
 
+@uploads
 def save(
     adapter: Adapter,
     path: PathLike,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
@@ -13,12 +12,14 @@ from loratools import archs
 from loratools.archs import _families as families
 from loratools.errors import LoraError, MalformedFileError
 from loratools.formats import _carried
+from loratools.io import json_text, storage, unchanged
 from loratools.kinds import experts, lora
 from loratools.model import EMPTY, Adapter, Module
 from loratools.ops import _initial, _metadata, _moe_known, _moe_norms, _pack_index, _split, files
 from loratools.ops.results import ComponentInfo, Info, ModuleInfo
 
 
+@unchanged.watched
 def info(path: files.PathLike, *, norms: bool = True, arch: str | None = None) -> Info:
     """What one file, or a folder that is an adapter or a model, is.
 
@@ -31,16 +32,21 @@ def info(path: files.PathLike, *, norms: bool = True, arch: str | None = None) -
         LoraError: It cannot be read.
     """
     given = os.fspath(path)
-    if os.path.isdir(given):
+    if storage.is_dir(given):
         model = _model_folder(given)
         if model is not None:
             return model
     adapter = files.read(given, arch=arch)
-    return describe(adapter, path=given, size=_size(adapter.path), norms=norms)
+    return describe(adapter, path=given, size=size_of(adapter.path), norms=norms)
 
 
 def candidates(folder: str) -> Iterator[str]:
     """Files below a folder that could be an adapter or a model, hidden folders left out, in order of names."""
+    if storage.is_url(folder):
+        for name in sorted(storage.tree(folder)):
+            if name.lower().endswith(files.SUFFIXES) and not any(map(_hidden, name.split("/"))):
+                yield f"{folder.rstrip('/')}/{name}"
+        return
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
@@ -48,22 +54,35 @@ def candidates(folder: str) -> Iterator[str]:
                 yield os.path.join(where, name)
 
 
+def _hidden(name: str) -> bool:
+    return name.startswith(".")
+
+
 def is_single(folder: str) -> bool:
     """Whether a folder is itself an adapter or a model, rather than a place where some lie."""
-    described = os.path.isfile(os.path.join(folder, files.CONFIG))
+    described = storage.is_file(os.path.join(folder, files.CONFIG))
     return (described and files.weights_of(folder) is not None) or _model_folder(folder) is not None
 
 
-def _size(path: str) -> int:
+def is_folder(path: str) -> bool:
+    """Whether there is a folder; of a URL that cannot be asked, reading it says why."""
     try:
-        return os.path.getsize(path)
+        return storage.is_dir(path)
+    except LoraError:
+        return False
+
+
+def size_of(path: str) -> int:
+    """Of a file in bytes; 0 where there is none."""
+    try:
+        return max(0, storage.size(path)) if storage.is_file(path) else 0
     except OSError:
         return 0
 
 
 def _model_folder(folder: str) -> Info | None:
     """A pack, a diffusers model or a sharded checkpoint, by its index."""
-    names = sorted(os.listdir(folder))
+    names = sorted(storage.names(folder))
     if _pack_index.is_pack(folder):
         return _pack(folder)
     if "model_index.json" in names:
@@ -73,8 +92,7 @@ def _model_folder(folder: str) -> Info | None:
         return None
     path = os.path.join(folder, index)
     try:
-        with open(path, encoding="utf-8") as stream:
-            shards = json.load(stream)["weight_map"]
+        shards = json_text.loads(storage.read_all(path, storage.TEXT).decode())["weight_map"]
         count = len(shards)
     except (ValueError, OSError, TypeError, KeyError) as error:
         raise MalformedFileError(
@@ -107,7 +125,9 @@ def _pack(folder: str) -> Info:
 
 
 def _tree_size(folder: str) -> int:
-    return sum(_size(os.path.join(where, name)) for where, _, names in os.walk(folder) for name in names)
+    if storage.is_url(folder):
+        return sum(storage.tree(folder).values())
+    return sum(size_of(os.path.join(where, name)) for where, _, names in os.walk(folder) for name in names)
 
 
 def describe(adapter: Adapter, *, path: str = "", size: int = 0, norms: bool = True) -> Info:

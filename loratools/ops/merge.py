@@ -10,19 +10,25 @@ from dataclasses import replace
 from typing import Any
 
 from loratools import __version__, formats
+from loratools.engine import Engine
 from loratools.errors import OptionError
 from loratools.formats import _peft_special
+from loratools.io import unchanged
 from loratools.io.base import config_of
+from loratools.io.uploading import uploads
 from loratools.model import EMPTY, Adapter
 from loratools.ops import (
     _combine,
+    _device,
     _extras,
     _extras_dora,
     _fused_names,
+    _merge_kept,
     _merge_remarks,
     _merge_run,
     _merged,
     _moe_open,
+    _prediction,
     align,
     files,
     recipe,
@@ -62,6 +68,7 @@ def merge(
     base: files.PathLike | None = None,
     arch: str | None = None,
     progress: Progress | None = None,
+    engine: Engine | None = None,
     **options: Any,
 ) -> tuple[Adapter, MergeReport]:
     """Combine adapters into one.
@@ -97,6 +104,7 @@ def merge(
             of modules saved in full, and for which rows of its fused weights are whose.
         arch: What the inputs were read as where detection was overridden; for the recipe alone.
         progress: Called with the module's name, its number and the count of all.
+        engine: Where to compute; default: this machine's threads, or its accelerator.
         options: The method's own, by name (``density``, ``lam``, ``seed``).
 
     Returns:
@@ -132,7 +140,7 @@ def merge(
         rank=rank,
         layout=layout,
         dtype=dtype,
-        device=device,
+        device=_device.for_engine(device, engine),
         allow_nonfinite=allow_nonfinite,
         options=options,
         said={
@@ -151,12 +159,16 @@ def merge(
     if store is not None:
         asked = replace(asked, dtype=store)
     refuse(asked)
-    merged, report = _merge(asked, dropping, threads, progress)
+    merged, report = _merge(asked, dropping, threads, progress, engine)
     return experts.closed(merged), report
 
 
 def _merge(
-    asked: Request, drop: Sequence[str], threads: int | None, progress: Progress | None
+    asked: Request,
+    drop: Sequence[str],
+    threads: int | None,
+    progress: Progress | None,
+    engine: Engine | None,
 ) -> tuple[Adapter, MergeReport]:
     # A weight of 0 is absence: of modules, and of what lies beside them.
     numbers = [number for number, weight in enumerate(asked.weights) if weight != 0.0]
@@ -176,7 +188,7 @@ def _merge(
     everything = [*asked.adapters, *asked.steps.styles]
     targets = align.align(everything, asked.arch, form.dialect, form.name)
     with _merged.Inputs(asked.adapters, asked.weights, asked.weigh.hits) as inputs:
-        results = _merge_run.run(asked, targets, threads, progress)
+        results = _merge_run.run(asked, targets, threads, progress, engine)
         described = inputs.described()
     _combine.refuse_nonfinite(list(results.values()), [adapter.path for adapter in everything])
     left = {target: each for target, each in results.items() if each.module is not None}
@@ -205,6 +217,8 @@ def _merge(
     return merged, _merged.report(asked, merged, targets, results, described, beside.dropped)
 
 
+@uploads
+@unchanged.watched
 def merge_files(
     paths: Sequence[files.PathLike],
     output: files.PathLike,
@@ -214,6 +228,8 @@ def merge_files(
     dry_run: bool = False,
     arch: str | None = None,
     save_recipe: files.PathLike | None = None,
+    engine: Engine | None = None,
+    resume: bool = False,
     **options: Any,
 ) -> MergeReport:
     """Load, merge and write.
@@ -226,6 +242,9 @@ def merge_files(
         dry_run: Do everything but write.
         arch: The inputs' architecture, overriding detection.
         save_recipe: Where to write what repeats this merge, for ``merge_recipe``.
+        engine: Where to compute; default: this machine's threads, or its accelerator.
+        resume: Go on with a merge that was interrupted, and keep what is done if this one is. What was done is written
+            down once a second, whether this is asked for or not, but for merges that decompose nothing.
         options: As for ``merge``.
 
     Raises:
@@ -240,22 +259,32 @@ def merge_files(
     layout = options.get("layout") or (adapters[0].layout.name if adapters else "")
     if layout in formats.writable():
         files.check_name(output, layout)
-    merged, report = merge(adapters, protect=styles, arch=arch, **options)
     if dry_run:
-        return report._replace(output=os.fspath(output), bytes=files.size(merged))
-    saving: AbstractContextManager[None] = nullcontext()
-    if save_recipe is not None:
-        saving = recipe.saved(
-            merged.metadata[_merged.RECIPE],
-            save_recipe,
-            recipe.Sources(paths, protect, options.get("base")),
-            overwrite=overwrite,
-        )
-    with saving:
-        written = files.save(merged, output, overwrite=overwrite)
-    return report._replace(output=os.fspath(output), bytes=written)
+        threads = options.get("threads")
+        seen = _prediction.foreseeing(engine, threads, inputs=[*paths, *protect], output=output)
+        merged, report = merge(adapters, protect=styles, arch=arch, engine=seen, **options)
+        size = files.size(merged)
+        estimate = _prediction.foreseen(seen, engine, threads, assembled=size)
+        return report._replace(output=os.fspath(output), bytes=size, estimate=estimate)
+    told = {**options, "arch": arch}
+    with _merge_kept.keeping(merge, output, adapters, styles, told, engine=engine, resume=resume) as kept:
+        merged, report = merge(adapters, protect=styles, arch=arch, engine=kept.engine, **options)
+        saving: AbstractContextManager[None] = nullcontext()
+        if save_recipe is not None:
+            saving = recipe.saved(
+                merged.metadata[_merged.RECIPE],
+                save_recipe,
+                recipe.Sources(paths, protect, options.get("base")),
+                overwrite=overwrite,
+            )
+        with saving:
+            written = files.save(merged, output, overwrite=overwrite)
+    notes = (*report.notes, *kept.notes)
+    return report._replace(output=os.fspath(output), bytes=written, notes=notes, resumed=kept.taken)
 
 
+@uploads
+@unchanged.watched
 def merge_recipe(
     path: files.PathLike,
     output: files.PathLike,
@@ -265,6 +294,9 @@ def merge_recipe(
     device: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
+    engine: Engine | None = None,
+    resume: bool = False,
+    allow_urls: bool = False,
 ) -> MergeReport:
     """Repeat the merge that a recipe describes, bit for bit on the same kind of device.
 
@@ -276,12 +308,15 @@ def merge_recipe(
         device: Where to compute; default: where the recipe's merge was computed.
         threads: How many modules are worked on side by side, a count; default: one per processor.
         progress: As for ``merge``.
+        engine: As for ``merge``.
+        resume: As for ``merge_files``.
+        allow_urls: Whether inputs that the recipe names by URLs are read: otherwise they are refused.
 
     Raises:
         LoraError: The recipe cannot be read, or an input is not the file that it was; nothing was written.
     """
     files.check_output(output, overwrite=overwrite)
-    found = recipe.read(path)
+    found = recipe.read(path, allow_urls=allow_urls)
     unverified = recipe.verify(found)
     report = merge_files(
         found.paths,
@@ -291,6 +326,8 @@ def merge_recipe(
         dry_run=dry_run,
         threads=threads,
         progress=progress,
+        engine=engine,
+        resume=resume,
         **{**found.arguments, **({"device": device} if device is not None else {})},
     )
     notes = list(report.notes)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from loratools.ops.prediction_results import Estimate
+
 
 class MergedModule(NamedTuple):
     """One module of a merge's result.
@@ -93,6 +95,8 @@ class MergeReport(NamedTuple):
         notes: What the caller should know.
         output: Where it was written, or empty.
         bytes: Size of what was (or would be) written; 0 where unknown.
+        resumed: How many targets were merged before, by the run that was interrupted.
+        estimate: What it would take, on a dry run; None otherwise.
     """
 
     method: str
@@ -109,6 +113,8 @@ class MergeReport(NamedTuple):
     notes: tuple[str, ...] = ()
     output: str = ""
     bytes: int = 0
+    resumed: int = 0
+    estimate: Estimate | None = None
 
     @property
     def error(self) -> float:

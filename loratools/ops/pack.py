@@ -8,22 +8,31 @@ program loads by its path, and ``index.json`` says of each what it is and where 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
-from loratools.engine import local
+from loratools.engine import Engine, Plan
+from loratools.engine.local import Local
+from loratools.engine.ordered import in_order
 from loratools.errors import OptionError
-from loratools.ops import _pack_index, _pack_inputs, convert, files
+from loratools.io import unchanged
+from loratools.io.uploading import uploads
+from loratools.ops import _pack_index, _pack_inputs, _prediction, convert, files
 from loratools.ops._pack_fit import Fit, program
+from loratools.ops._pack_inputs import Source
+from loratools.ops._pack_make import Made, Making, item, make
 from loratools.ops._pack_plan import Request
 from loratools.ops._pack_run import Run
 from loratools.ops._pack_shared import Shared
-from loratools.ops._pack_work import Work, check_output
+from loratools.ops._pack_work import Work, check_output, identity
 from loratools.ops.pack_results import PackReport
 
 Progress = Callable[[str, int, int], None]
 
 
+@uploads
+@unchanged.watched
 def pack(
     libraries: Sequence[files.PathLike],
     output: files.PathLike,
@@ -42,7 +51,9 @@ def pack(
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    threads: int | None = None,
     progress: Progress | None = None,
+    engine: Engine | None = None,
 ) -> PackReport:
     """Write a pack.
 
@@ -64,7 +75,9 @@ def pack(
         resume: Go on with an interrupted run, and leave what is finished where this one is interrupted.
         overwrite: Whether an older pack may be replaced.
         dry_run: Do everything but write.
+        threads: How many adapters are worked on side by side, a count; default: one per processor.
         progress: Called with an adapter's name, how many are done and how many there are.
+        engine: Where adapters are read and written; default: this machine's threads.
 
     Raises:
         LoraError: Something does not fit, or cannot be read or written; no pack was written.
@@ -80,14 +93,21 @@ def pack(
     _check(request, shared_basis, diagonal, max_rank, runtime)
     check_output(output, overwrite=overwrite or dry_run, resume=resume)
     found = _pack_inputs.sources(libraries)
+    for each in found:  # here: what reads them may be at work elsewhere
+        unchanged.note(each.path)
+        unchanged.note(os.path.join(os.path.dirname(each.path), files.CONFIG))
     options = {**request._asdict(), "runtime": runtime, "max_rank": max_rank, "same": duplicate_error}
+    seen = None
+    if dry_run:
+        paths = [each.path for each in found]
+        seen = _prediction.foreseeing(engine, threads, inputs=paths, output=output)
     fit = Fit(request.layout, served, request.base, max_rank or 0)
-    with Work(output, options, resume=resume, dry=dry_run) as work:
-        run = Run(request, fit, work, duplicate_error, skip_unfit, written=shared_basis is None)
-        # In order, and with one thread for the algebra: the matrices are too small to be shared out.
-        for number, _ in enumerate(local.run(run.take, found, threads=1), 1):
-            if progress is not None:
-                progress(found[number - 1].name, number, len(found))
+    told = partial(identity, options, request.base)
+    with Work(output, told, resume=resume, overwrite=overwrite, dry=dry_run) as work:
+        folder = os.fspath(work.folder) if work.folder is not None else ""
+        making = Making(request, runtime, max_rank or 0, folder, named=shared_basis is None)
+        run = Run(making, fit, work, duplicate_error, skip_unfit=skip_unfit)
+        _take(run, making, found, seen or engine or Local(threads), progress)
         run.settle(len(found))
         report = run.report(os.fspath(output), runtime)
         more: dict[str, Any] = {}
@@ -97,7 +117,31 @@ def pack(
             )
             report, more["shared_basis"] = shared.compressed(report, work.folder, progress)
         work.publish(_index(report, run.arch, more), [each.path for each in report.adapters])
+    if seen is not None:
+        report = report._replace(estimate=_prediction.foreseen(seen, engine, threads))
     return report
+
+
+def _take(
+    run: Run, making: Making, found: Sequence[Source], engine: Engine, progress: Progress | None
+) -> None:
+    """Make the adapters in any order, and take them one after the other in theirs."""
+    left = [source for source in found if not run.finished(source)]
+    plan = Plan(partial(make, making), left, [item(source) for source in left])
+    results = in_order(_noted(run, left, engine.run(plan)))
+    waiting = {source.path for source in left}
+    for number, source in enumerate(found, 1):
+        run.take(source, next(results) if source.path in waiting else None)
+        if progress is not None:
+            progress(source.name, number, len(found))
+
+
+def _noted(
+    run: Run, sources: Sequence[Source], results: Iterator[tuple[int, Made]]
+) -> Iterator[tuple[int, Made]]:
+    for number, made in results:
+        run.note(sources[number], made)
+        yield number, made
 
 
 def _store(dtype: str) -> str:

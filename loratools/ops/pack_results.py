@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from loratools.model import EMPTY
+from loratools.ops.prediction_results import Estimate
 
 
 class Packed(NamedTuple):
@@ -118,6 +119,7 @@ class PackReport(NamedTuple):
         reused: How many were finished by the run that this one went on from.
         notes: What the caller should know.
         shared: The modules of a shared basis; empty without one.
+        estimate: What it would take, on a dry run; None otherwise.
     """
 
     output: str
@@ -130,6 +132,7 @@ class PackReport(NamedTuple):
     reused: int
     notes: tuple[str, ...]
     shared: tuple[SharedPart, ...] = ()
+    estimate: Estimate | None = None
 
 
 class Unpacked(NamedTuple):

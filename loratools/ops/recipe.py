@@ -29,6 +29,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loratools import __version__, io, methods
 from loratools.errors import MalformedFileError, OptionError, WriteError
+from loratools.io import storage
+from loratools.io.json_text import brief
 from loratools.model import Adapter
 from loratools.ops import _merged, files
 from loratools.ops._merge_steps import ENERGY, shown_name
@@ -120,7 +122,7 @@ def check_output(path: files.PathLike, others: Sequence[files.PathLike], *, over
         WriteError: It is a folder, or its folder does not exist.
     """
     target = os.path.realpath(path)
-    if any(os.path.realpath(other) == target for other in others):
+    if any(storage.real(other) == target for other in others):
         raise OptionError(
             "the recipe would take the place of an input or of the output",
             path=path,
@@ -170,24 +172,31 @@ def saved(text: str, path: files.PathLike, sources: Sources, *, overwrite: bool)
 
 def _seen_from(folder: str, path: str) -> str:
     """A path that a recipe in a folder can be moved with, where it lies in that folder; else a whole one."""
-    whole = os.path.realpath(path)
+    whole = storage.real(path)
     inside = whole.startswith(os.path.join(folder, ""))
     return os.path.relpath(whole, folder).replace(os.sep, "/") if inside else whole
 
 
-def read(path: files.PathLike) -> Recipe:
+def read(path: files.PathLike, *, allow_urls: bool = False) -> Recipe:
     """What a recipe file says, checked but for its inputs' contents.
+
+    Args:
+        path: The recipe.
+        allow_urls: Whether its inputs may be URLs: a recipe may come from somebody who wants to be called.
 
     Raises:
         MissingFileError: It is not there.
         MalformedFileError: It is no recipe; the message says where.
-        OptionError: It is YAML and PyYAML is not installed, or it names an option that the method does not have.
+        OptionError: It is YAML and PyYAML is not installed; it names an option that the method does not have, or URLs
+            that are not allowed.
     """
     place = os.fspath(path)
     said = checked(parsed(place), place)
-    folder = os.path.dirname(os.path.realpath(place))
+    folder = _folder_of(place)
     rows = [*said["inputs"], *said.get("protect", ())]
-    paths = [os.path.join(folder, row["path"]) for row in rows]
+    paths = [storage.joined(folder, row["path"]) for row in rows]
+    if not allow_urls:
+        _refuse_urls([*paths, *([storage.joined(folder, said["base"])] if said.get("base") else [])], place)
     count = len(said["inputs"])
     method = methods.get(said.get("method", "linear"), path=place)
     names = (
@@ -204,7 +213,7 @@ def read(path: files.PathLike) -> Recipe:
     )
     arguments = {name: said[name] for name in (*names, "allow_nonfinite") if said.get(name) is not None}
     if said.get("base"):
-        arguments["base"] = os.path.join(folder, said["base"])
+        arguments["base"] = storage.joined(folder, said["base"])
     strength = said.get("protect_strength")
     return Recipe(
         path=place,
@@ -223,13 +232,30 @@ def read(path: files.PathLike) -> Recipe:
     )
 
 
+def _folder_of(place: str) -> str:
+    """Where the paths in a recipe are seen from."""
+    return place.rpartition("/")[0] if storage.is_url(place) else os.path.dirname(os.path.realpath(place))
+
+
+def _refuse_urls(paths: Sequence[str], place: str) -> None:
+    found = [path for path in dict.fromkeys(paths) if storage.is_url(path)]
+    if found:
+        raise OptionError(
+            f"the recipe has {len(found)} URLs for inputs",
+            path=place,
+            keys=found,
+            expected="The network is reached for no URL that a file names, unless that is said",
+            todo="Look at them, and if you trust them, pass --allow-urls (allow_urls=True)",
+        )
+
+
 def _options(method: methods.Method, given: Mapping[str, Any], path: str) -> dict[str, Any]:
     """A method's options by field."""
     known = {option.name: option for option in method.options}
     foreign = [name for name in given if name not in known]
     if foreign:
         raise OptionError(
-            f"{method.name} has no option {foreign[0]!r}",
+            f"{method.name} has no option {brief(foreign[0])}",
             path=path,
             expected=f"Its options are: {', '.join(known) or 'none'}",
             todo="Take the option out of the recipe, or choose another method",

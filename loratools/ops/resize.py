@@ -14,23 +14,30 @@ or in a Kohya file one number for all modules, since some readers (diffusers 0.4
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 from loratools import formats
+from loratools.engine import Engine
+from loratools.engine.kept import Kept
+from loratools.engine.local import Local
 from loratools.errors import OptionError
-from loratools.io.base import config_of
+from loratools.io import unchanged
+from loratools.io.base import config_of, keys_of
+from loratools.io.uploading import uploads
+from loratools.io.work_folder import Identity
 from loratools.model import Adapter
-from loratools.ops import _moe_open, _resize_layout, _resize_report, files
+from loratools.ops import _identity_of, _moe_open, _prediction, _resize_layout, _resize_report, files
 from loratools.ops._base_weights import Weights
 from loratools.ops._batching import batch_bytes
-from loratools.ops._device import usable
+from loratools.ops._device import for_engine, usable
 from loratools.ops._resize_each import Progress, Work
 from loratools.ops._resize_options import options
 from loratools.ops._resize_run import common_alpha, run, to_cut
+from loratools.ops._resize_steps import RESULTS
 from loratools.ops._resize_store import Form
 from loratools.ops.resize_results import ResizeReport
 
@@ -57,6 +64,7 @@ def resize(
     device: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
+    engine: Engine | None = None,
 ) -> tuple[Adapter, ResizeReport]:
     """Cut every module to a lower rank, by exactly one of five rules.
 
@@ -86,6 +94,7 @@ def resize(
         device: "auto" (the CPU: what is moved costs more than it saves), "cpu", "cuda", "cuda:N" or "mps".
         threads: How many modules are worked on side by side, a count; default: one per processor.
         progress: Called with a module's name, its number and the count of all.
+        engine: Where to compute; default: this machine's threads.
 
     Returns:
         The adapter, in memory, and what was done.
@@ -106,7 +115,7 @@ def resize(
         against_norm=against_norm if against is not None else "",
         dtype=dtype,
     )
-    place = usable(device, wanted=torch.float64)
+    place = usable(for_engine(device, engine), wanted=torch.float64)
     goal = _resize_layout.goal(adapter, layout)
     early = _resize_layout.comes_first(adapter, goal, asked)
     given = _resize_layout.converted(adapter, goal, base, drop) if early else adapter
@@ -116,9 +125,8 @@ def resize(
         weights = [stack.enter_context(Weights(each, given.arch)) if each else None for each in known]
         modules = to_cut(given, asked, weights[0])
         form = Form(asked.dtype, common_alpha(given.layout, modules, asked), place)
-        work = Work(
-            given, modules, asked, form, weights[0], weights[1], threads, progress, batch_bytes(place)
-        )
+        batch = batch_bytes(place)
+        work = Work(given, modules, asked, form, weights[0], weights[1], threads, progress, batch, engine)
         result, report = run(work, adapter)
     result = experts.closed(result)
     if result.layout.name == goal:
@@ -152,6 +160,8 @@ def _opened(
     return found, closing
 
 
+@uploads
+@unchanged.watched
 def resize_file(
     path: files.PathLike,
     output: files.PathLike,
@@ -159,6 +169,8 @@ def resize_file(
     overwrite: bool = False,
     dry_run: bool = False,
     arch: str | None = None,
+    engine: Engine | None = None,
+    resume: bool = False,
     **options: Any,
 ) -> ResizeReport:
     """Load, resize and write.
@@ -169,6 +181,9 @@ def resize_file(
         overwrite: Whether an existing output may be replaced.
         dry_run: Do everything but write.
         arch: The input's architecture, overriding detection.
+        engine: Where to compute; default: this machine's threads.
+        resume: Go on with a resize that was interrupted, and keep what is done if this one is. What was done is written
+            down once a second, whether this is asked for or not.
         options: As for ``resize``.
 
     Raises:
@@ -181,6 +196,26 @@ def resize_file(
     layout = options.get("layout") or adapter.layout.name
     if layout in formats.writable():
         files.check_name(output, layout)
-    result, report = resize(adapter, **options)
-    written = files.size(result) if dry_run else files.save(result, output, overwrite=overwrite)
-    return report._replace(output=os.fspath(output), bytes=written)
+    if dry_run:
+        threads = options.get("threads")
+        seen = _prediction.foreseeing(engine, threads, inputs=[path], output=output)
+        result, report = resize(adapter, engine=seen, **options)
+        size = files.size(result)
+        estimate = _prediction.foreseen(seen, engine, threads, assembled=size)
+        return report._replace(output=os.fspath(output), bytes=size, estimate=estimate)
+    inner = engine or Local(options.get("threads"))
+    with Kept(inner, output, lambda: _identity(adapter, options, inner), RESULTS, resume=resume) as kept:
+        result, report = resize(adapter, engine=kept, **options)
+        written = files.save(result, output, overwrite=overwrite)
+    notes = (*report.notes, *kept.notes)
+    return report._replace(output=os.fspath(output), bytes=written, notes=notes, resumed=kept.taken)
+
+
+def _identity(adapter: Adapter, options: Mapping[str, Any], engine: Engine) -> Identity:
+    """What tells a resize from another."""
+    inputs = {adapter.path: _identity_of.of_adapter(adapter)}
+    used = {name: os.fspath(options[name]) for name in ("base", "against") if options.get(name) is not None}
+    inputs.update({path: _identity_of.of_base(keys_of(path)) for path in used.values()})
+    told = _identity_of.asked(resize, options)
+    told["device"] = _identity_of.computed_on(told["device"], engine)
+    return _identity_of.identity("resize", inputs, {**told, "arch": adapter.arch, "models": sorted(used)})

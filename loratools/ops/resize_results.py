@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from loratools.model import EMPTY
+from loratools.ops.prediction_results import Estimate
 
 
 class ResizedModule(NamedTuple):
@@ -84,6 +85,8 @@ class ResizeReport(NamedTuple):
         carried: Keys of tensors that belong to no module and were taken over.
         dtypes: How many tensors of the result have each store dtype.
         notes: What the caller should know.
+        resumed: How many modules were decomposed before, by the run that was interrupted.
+        estimate: What it would take, on a dry run; None otherwise.
     """
 
     rule: str
@@ -99,6 +102,8 @@ class ResizeReport(NamedTuple):
     carried: tuple[str, ...] = ()
     dtypes: Mapping[str, int] = EMPTY
     notes: tuple[str, ...] = ()
+    resumed: int = 0
+    estimate: Estimate | None = None
 
     @property
     def energy(self) -> float:

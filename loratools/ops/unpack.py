@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,10 @@ from typing import Any
 import torch
 
 from loratools import formats, io
-from loratools.errors import OptionError
+from loratools.errors import MalformedFileError, OptionError
+from loratools.io import storage, unchanged
+from loratools.io.names import distinct
+from loratools.io.uploading import uploads
 from loratools.maths.lowrank import COMPUTE
 from loratools.model import Adapter, Layout, Module, Rows, Target
 from loratools.ops import _pack_index, convert, files
@@ -24,6 +28,8 @@ from loratools.tensors import TensorRef, from_torch
 Progress = Callable[[str, int, int], None]
 
 
+@uploads
+@unchanged.watched
 def unpack(
     path: files.PathLike,
     output: files.PathLike,
@@ -53,17 +59,18 @@ def unpack(
     files.check_output(output, overwrite=overwrite or dry_run)
     form = convert.writable(index.layout)
     shared = _shared(index)
+    places = distinct(name for name, _ in wanted)
     done: list[Unpacked] = []
 
     def write(folder: Path | None) -> None:
-        for number, (name, entry) in enumerate(wanted, 1):
+        for number, ((name, entry), own) in enumerate(zip(wanted, places, strict=True), 1):
             adapter = _of_basis(index, shared, entry) if shared else _trimmed(index, entry)
             ready = prepared(formats.document(adapter, files.layout_of(form, "safetensors"), form), form)
-            place = name if form.folder else f"{name}.{form.container}"
+            place = own if form.folder else f"{own}.{form.container}"
             if folder is not None:
                 ready.write(folder / place)
             rank = max(module.rank or 0 for module in adapter.modules.values())
-            done.append(Unpacked(name, entry.name, os.path.join(os.fspath(output), place), rank, ready.size))
+            done.append(Unpacked(name, entry.name, storage.below(os.fspath(output), place), rank, ready.size))
             if progress is not None:
                 progress(name, number, len(wanted))
 
@@ -88,7 +95,7 @@ def _wanted(index: Index, names: Sequence[str]) -> list[tuple[str, Packed]]:
             keys=unknown[1:],
             candidates=difflib.get_close_matches(unknown[0], known),
             expected=f"It has {len(index.adapters)} adapters and {len(index.aliases)} other names of them",
-            todo=f"Look it up in {os.path.join(index.path, _pack_index.NAME)}",
+            todo=f"Look it up in {storage.below(index.path, _pack_index.NAME)}",
         )
     found = []
     for name in dict.fromkeys(names or known):
@@ -102,7 +109,7 @@ def _trimmed(index: Index, entry: Packed) -> Adapter:
     form = formats.get(index.layout)
     weights = f"{entry.path}/{form.weights}" if form.folder else entry.path
     _pack_index.check(index, entry.name, weights, entry.sha256)
-    adapter = files.load(os.path.join(index.path, entry.path), arch=index.arch)
+    adapter = files.load(storage.below(index.path, entry.path), arch=index.arch)
     modules = {
         target: _cut(module, entry.ranks.get(str(target), entry.rank))
         for target, module in adapter.modules.items()
@@ -127,25 +134,23 @@ def _shared(index: Index) -> Mapping[str, TensorRef]:
     if not index.shared:
         return {}
     _pack_index.check(index, "the shared basis", index.shared["file"], index.shared["sha256"])
-    return io.open_tensors(os.path.join(index.path, index.shared["file"])).tensors
+    return io.open_tensors(storage.below(index.path, index.shared["file"])).tensors
 
 
 def _of_basis(index: Index, tensors: Mapping[str, TensorRef], entry: Packed) -> Adapter:
     """An adapter as LoRA: the core multiplied into one side of the basis."""
-    modules = {module.target: module for module in _modules(index.shared, tensors, entry, [*index.adapters])}
+    modules = {module.target: module for module in _modules(index, tensors, entry)}
     config = {"base_model_name_or_path": entry.base} if entry.base else {}
     return Adapter(modules, arch=index.arch, layout=Layout(index.layout), config=config, path=entry.name)
 
 
-def _modules(
-    shared: Mapping[str, Any], tensors: Mapping[str, TensorRef], entry: Packed, everyone: list[str]
-) -> Iterator[Module]:
-    for said in shared["modules"]:
-        members = said["adapters"] if said["adapters"] is not None else everyone
+def _modules(index: Index, tensors: Mapping[str, TensorRef], entry: Packed) -> Iterator[Module]:
+    for said in index.shared["modules"]:
+        members = said["adapters"] if said["adapters"] is not None else [*index.adapters]
         if entry.name not in members:
             continue
-        core = tensors[f"{said['name']}.cores"].load()[members.index(entry.name)]
-        up, down = _product(tensors[f"{said['name']}.left"], tensors[f"{said['name']}.right"], core)
+        left, right, cores = _basis(index, tensors, said, len(members))
+        up, down = _product(left, right, cores.load()[members.index(entry.name)])
         shape, rank = tuple(said["shape"]), int(said["rank"])
         factors = {
             "up": from_torch("", up.reshape(shape[0], rank, *(1 for _ in shape[2:]))),
@@ -164,6 +169,38 @@ def _modules(
             op=said["op"],
             in_first=said["in_first"],
         )
+
+
+def _basis(
+    index: Index, tensors: Mapping[str, TensorRef], said: Mapping[str, Any], count: int
+) -> tuple[TensorRef, TensorRef, TensorRef]:
+    """The tensors of one module: U (out, left), V (right, in), and the cores (adapters, left[, right]).
+
+    Raises:
+        MalformedFileError: They are not of the shapes that the index says.
+    """
+    named = [f"{said['name']}.{role}" for role in ("left", "right", "cores")]
+    found = [tensors[name] for name in named if name in tensors]
+    out, *rest = said["shape"]
+    if len(found) == len(named):
+        left, right, cores = found
+        core = cores.shape[1:]
+        fits = (
+            len(core) == (1 if index.shared["diagonal"] else 2)
+            and cores.shape[0] == count
+            and left.shape == (out, core[0])
+            and right.shape == (core[-1], math.prod(rest))
+            and said["rank"] == min(core)
+        )
+        if fits:
+            return left, right, cores
+    raise MalformedFileError(
+        f"{index.shared['file']} does not hold what {_pack_index.NAME} says of {said['name']}",
+        path=index.path,
+        keys=named,
+        expected=f"A basis of rank {said['rank']} for a weight of {said['shape']} was expected, and {count} cores",
+        todo="Make the pack again; what is in it must not be changed",
+    )
 
 
 def _product(left: TensorRef, right: TensorRef, core: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,15 +14,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 
-from loratools.engine import Engine
+from loratools.engine import Engine, Plan
 from loratools.engine.local import Local
+from loratools.io import unchanged
 from loratools.io.base import keys_of
 from loratools.model import Adapter
 from loratools.ops import _locate, files
 from loratools.ops._outputs import PathLike
 from loratools.ops._strengths import strengths
 from loratools.ops._unmapped import unmapped
-from loratools.ops._verify_tasks import BAKED, LOST, NOT_BAKED, Job, Task, strangers, tasks
+from loratools.ops._verify_tasks import BAKED, LOST, NOT_BAKED, Job, Task, item, strangers, tasks
 from loratools.ops._verify_tensor import verify_tensor
 from loratools.ops._verify_untouched import untouched
 from loratools.ops.checkpoint_results import VerifiedTensor, VerifyReport
@@ -30,6 +31,7 @@ from loratools.ops.checkpoint_results import VerifiedTensor, VerifyReport
 Progress = Callable[[str, int, int], None]
 
 
+@unchanged.watched
 def verify(
     base: PathLike,
     adapters: Sequence[PathLike | Adapter],
@@ -92,15 +94,16 @@ def verify(
 
 def _run(work: Sequence[Task], engine: Engine, progress: Progress | None) -> list[VerifiedTensor | None]:
     """Each task's result: None for a tensor that is as it was and should be."""
+    plan = Plan(_verified, work, [item(task) for task in work])
     sizes = [(task.change.weight if isinstance(task, Job) else task.weight).nbytes for task in work]
     total, done = sum(sizes), 0
-    results: list[VerifiedTensor | None] = []
-    for task, size, result in zip(work, sizes, engine.run(_verified, work), strict=True):
-        done += size
-        results.append(result)
+    results: dict[int, VerifiedTensor | None] = {}
+    for number, result in engine.run(plan):
+        done += sizes[number]
+        results[number] = result
         if progress is not None:
-            progress(task.key, done, total)
-    return results
+            progress(work[number].key, done, total)
+    return [results[number] for number in range(len(work))]
 
 
 def _verified(task: Task) -> VerifiedTensor | None:

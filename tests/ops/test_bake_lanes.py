@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loratools.engine.local import Local
+from loratools.engine import local
+from loratools.io import _journal_file
 from loratools.io import base as io_base
 from loratools.io._load import Room
-from loratools.io.model_folder import ModelFolder
 from loratools.io.rewrite import Rewrite
 from loratools.ops import _bake_lanes, files
 from loratools.ops._unmapped import unmapped
@@ -78,10 +78,14 @@ def changed(model: Path, adapter: Path) -> dict[str, torch.Tensor]:
 
 
 class Elsewhere:
-    """An engine that computes one task after the other, away from the writers."""
+    """An engine that computes one task after the other, the last first, away from the writers."""
 
-    def run(self, work, tasks):
-        return map(work, tasks)
+    remote = True
+    devices, device_kind = (), "cpu"
+
+    def run(self, plan):
+        for number in reversed(range(len(plan.tasks))):
+            yield number, plan.work(plan.tasks[number])
 
 
 @pytest.mark.parametrize("engine", [None, Elsewhere()], ids=["here", "elsewhere"])
@@ -119,13 +123,8 @@ def test_few_files_are_open_at_a_time(model, adapter, tmp_path, monkeypatch):
     assert max(most) <= _bake_lanes._OPEN + _bake_lanes._CLOSING + 2
 
 
-def test_an_error_in_one_file_stops_all_and_keeps_those_that_are_whole(model, adapter, tmp_path, monkeypatch):
-    recorded: list[str] = []
-    finished, finish = ModelFolder.finished, Rewrite.finish
-
-    def record(self, name):
-        finished(self, name)
-        recorded.append(name)
+def test_an_error_in_one_file_stops_all_and_keeps_what_is_done(model, adapter, tmp_path, monkeypatch):
+    finish = Rewrite.finish
 
     def broken(self, progress=None):
         if "00005" in self.path:
@@ -133,12 +132,12 @@ def test_an_error_in_one_file_stops_all_and_keeps_those_that_are_whole(model, ad
         finish(self, progress)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ModelFolder, "finished", record)
         patch.setattr(Rewrite, "finish", broken)
         with pytest.raises(OSError, match="No space left"):
             bake(model, [adapter], tmp_path / "out", resume=True)
-    assert "model-00001.safetensors" in recorded
-    assert not any("00005" in name for name in recorded)
+    journal = tmp_path / ".out.work" / "journal"
+    recorded = [*_journal_file.read(journal).records]
+    assert any(name.startswith("model-00001.safetensors\t") for name in recorded)
     assert not (tmp_path / "out").exists()
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("loratools")]
 
@@ -161,7 +160,7 @@ def test_a_room_serves_each_thread_alone():
     room = Room()
     first = room.of(100)
     assert room.of(40).data_ptr() == first.data_ptr()
-    (other,) = Local(1).run(lambda size: room.of(size), [100])
+    (other,) = local.run(lambda size: room.of(size), [100], threads=1)
     assert other.data_ptr() != first.data_ptr()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from loratools.engine.local import Local
+from loratools.engine import local
 from loratools.errors import NonFiniteError
 from loratools.io.base import load
 from loratools.ops._bake_tensor import BakeJob, bake_tensor
@@ -219,8 +219,8 @@ def test_threads_change_no_bit_and_the_work_can_travel(disk: Disk) -> None:
         for weight in weights
         for rounding in ("nearest", "stochastic", "compensated")
     ]
-    runs = [list(Local(threads).run(bake_tensor, jobs)) for threads in (1, 4)]
-    backwards = list(Local(2).run(bake_tensor, jobs[::-1]))[::-1]
+    runs = [list(local.run(bake_tensor, jobs, threads=threads)) for threads in (1, 4)]
+    backwards = list(local.run(bake_tensor, jobs[::-1], threads=2))[::-1]
     for one, *others in zip(*runs, backwards, strict=True):
         for other in others:
             assert torch.equal(one.data, other.data)

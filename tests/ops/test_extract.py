@@ -352,7 +352,8 @@ def test_a_dry_run_writes_nothing_and_says_how_much(pair, tmp_path: Path) -> Non
     assert found is None
     assert sorted(tmp_path.iterdir()) == before
     assert planned.estimate is not None
-    assert planned.estimate >= 0
+    assert planned.estimate.seconds > 0
+    assert planned.estimate.written == planned.bytes
     _, done = extract(*pair, tmp_path / "out", rank=2, exclude=["lm_head"])
     # All matrices are planned for; the head did not change and is not written.
     assert {module.target for module in planned.modules} == {module.target for module in done.modules} | {

@@ -177,6 +177,10 @@ def test_a_dry_run_says_the_size_and_writes_nothing(pair, tmp_path: Path) -> Non
     done = merge_files(paths, tmp_path / "m.safetensors")
     assert done.bytes == (tmp_path / "m.safetensors").stat().st_size
     assert planned.bytes == done.bytes
+    assert planned.estimate is not None
+    assert planned.estimate.written == planned.bytes
+    assert planned.estimate.tasks == len(planned.modules)
+    assert done.estimate is None
     assert planned.modules == done.modules
 
 

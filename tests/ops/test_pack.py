@@ -19,8 +19,9 @@ from loratools.errors import (
     NotAnAdapterError,
     OptionError,
     OutputExistsError,
+    WriteError,
 )
-from loratools.ops import _pack_run
+from loratools.ops import _pack_files, _pack_run
 
 BASE = {"base_model_name_or_path": "some/base"}
 
@@ -125,24 +126,18 @@ def test_the_index_tells_of_every_adapter(tmp_path):
 
 
 @pytest.mark.parametrize("after", [1, 2, 4])
-def test_an_interrupted_run_is_gone_on_with_to_the_same_bytes(tmp_path, monkeypatch, after):
+def test_an_interrupted_run_is_gone_on_with_to_the_same_bytes(tmp_path, after):
     folder = library(tmp_path / "lib", 4)
     make.peft(folder / "z_same", seed=0)
     lt.pack([folder], tmp_path / "whole", ranks=[8])
-    calls = []
-    real = _pack_run.Run.take
 
-    def failing(self, source):
-        if len(calls) == after:
+    def failing(name: str, number: int, count: int) -> None:
+        if number == after:
             raise KeyboardInterrupt
-        calls.append(source.name)
-        real(self, source)
 
-    monkeypatch.setattr(_pack_run.Run, "take", failing)
     with pytest.raises(KeyboardInterrupt):
-        lt.pack([folder], tmp_path / "out", ranks=[8], resume=True)
+        lt.pack([folder], tmp_path / "out", ranks=[8], resume=True, progress=failing)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(_pack_run.Run, "take", real)
     report = lt.pack([folder], tmp_path / "out", ranks=[8], resume=True)
     assert report.reused == after
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
@@ -157,9 +152,9 @@ def test_what_has_changed_since_is_done_again(tmp_path, monkeypatch):
         lt.pack([folder], tmp_path / "out", resume=True)
     monkeypatch.undo()
     make.peft(folder / "a0", seed=9, rank=5)
-    (tmp_path / ".out.pack/adapters/a1/adapter_model.safetensors").write_bytes(b"damaged")
-    with open(tmp_path / ".out.pack/journal.jsonl", "a", encoding="utf-8") as journal:
-        journal.write('{"source": "cut o')
+    (tmp_path / ".out.work/pack/adapters/a1/adapter_model.safetensors").write_bytes(b"damaged")
+    with open(tmp_path / ".out.work/journal", "a", encoding="utf-8") as journal:
+        journal.write('01234567 ["adapter cut o')
     report = lt.pack([folder], tmp_path / "out", resume=True)
     assert report.reused == 1
     assert [each.name for each in report.adapters] == ["a0", "a1", "a2", "z_same"]
@@ -254,6 +249,8 @@ def test_a_dry_run_writes_nothing_and_says_the_same(tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["lib"]
     done = lt.pack([folder], tmp_path / "out", ranks=[8])
     assert dry.bytes == done.bytes
+    assert dry.estimate is not None
+    assert dry.estimate.tasks == len(dry.adapters) + len(dry.aliases)
     assert [each.hash for each in dry.adapters] == [each.hash for each in done.adapters]
     lt.unpack(tmp_path / "out", tmp_path / "back", dry_run=True)
     assert not (tmp_path / "back").exists()
@@ -326,3 +323,13 @@ def test_a_shared_basis_says_how_much_it_loses(tmp_path):
         total = sum(part.error**2 * part.adapters for part in report.shared)
         assert before is None or total < before
         before = total
+
+
+def test_a_full_disk_is_no_fault_of_the_adapter_that_was_written(tmp_path, monkeypatch):
+    def full(self, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(_pack_files.Prepared, "write", full)
+    with pytest.raises(WriteError, match=r"a0: cannot be written: No space left.*Make room"):
+        lt.pack([library(tmp_path / "lib")], tmp_path / "out", skip_unfit=True)
+    assert [each.name for each in tmp_path.iterdir()] == ["lib"]

@@ -44,7 +44,7 @@ def test_alike_adapters_are_named_once_and_packed_as_they_are_alone(tmp_path, re
         config = {"target_modules": targets[number:] + targets[:number]}
         make.peft(lib / f"a{number}", seed=number, dtype=torch.bfloat16, config=config)
     make.peft(lib / "b", seed=5, dtype=torch.bfloat16, alpha=7.0)
-    report = lt.pack([lib], tmp_path / "out", ranks=[8], layout=layout)
+    report = lt.pack([lib], tmp_path / "out", ranks=[8], layout=layout, threads=1)
     assert [each.split("/")[0] for each in readings] == ["a0", "b"]
     for entry in report.adapters:
         alone = lt.pack([lib / entry.name], tmp_path / entry.name, ranks=[8], layout=layout)
@@ -63,7 +63,7 @@ def test_an_alpha_in_the_data_is_part_of_what_is_shared(tmp_path, readings, layo
     make.write_safetensors(lib / "b.safetensors", twice, {})
     make.write_safetensors(lib / "c.safetensors", first.tensors, {})
     make.write_safetensors(lib / "d.safetensors", other, {})
-    report = lt.pack([lib], tmp_path / "out", layout=layout, duplicate_error=0.0)
+    report = lt.pack([lib], tmp_path / "out", layout=layout, duplicate_error=0.0, threads=1)
     assert len(readings) == len({(lib / f"{name}.safetensors").stat().st_size for name in "ac"}) + 1
     assert [each.scales for each in report.adapters] == [(0.5, 0.5), (1.0, 1.0), (0.5, 0.5), (0.5, 0.5)]
     for entry in report.adapters:

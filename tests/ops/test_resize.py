@@ -434,6 +434,9 @@ def test_a_dry_run_tells_what_would_be_written(mixed, tmp_path):
     assert not (tmp_path / "dry.safetensors").exists()
     assert (dry.bytes, dry.modules, dry.curves) == (wet.bytes, wet.modules, wet.curves)
     assert dry.bytes_before == mixed.path.stat().st_size
+    assert dry.estimate is not None
+    assert dry.estimate.written == dry.bytes
+    assert dry.estimate.seconds >= dry.estimate.sequential > 0.0
 
 
 def test_threads_do_not_change_the_result(mixed, tmp_path):
