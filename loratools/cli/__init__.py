@@ -21,7 +21,7 @@ try:
     import click
 
     from loratools import __version__
-    from loratools.cli import _interrupts
+    from loratools.cli import _interrupts, failures, output
     from loratools.cli._group import Commands
 except KeyboardInterrupt:  # Ctrl-C before there is anything that could tell of it
     raise SystemExit(130) from None
@@ -70,22 +70,29 @@ def cli() -> None:
 
     A PATH is a .safetensors, .ckpt, .pt, .pth, .bin or .npz file, a .gguf adapter, a folder that is an adapter (PEFT,
     MLX), or a model: sharded, or a diffusers folder. What a file is, is read from its content, never from its name.
+    It may lie elsewhere: hf://ORG/REPO[@REVISION][/PATH], s3://BUCKET/KEY, and other URLs (see docs/storage.md).
 
-    Exit status: 0 done; 1 refused or failed, and nothing was written; 2 wrong usage; 130 interrupted.
+    Exit status: 0 done; 1 refused or failed, and nothing was written; 2 wrong usage; 130 interrupted (143 by SIGTERM,
+    129 by SIGHUP).
     """
 
 
 def main() -> None:
     """The console entry point."""
-    _interrupts.install()
     _open_streams()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # a replaced stream may not be a text file
-            # A name that the terminal's code page lacks must not end a report halfway.
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
+        _interrupts.install()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError):  # a replaced stream may not be a text file
+                # A name that the terminal's code page lacks must not end a report halfway.
+                stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        sys.excepthook = failures.show_traceback
         cli(prog_name="loratools")
+    except KeyboardInterrupt:
+        raise SystemExit(_interrupts.status()) from None
     except SystemExit as ended:
+        _interrupts.finish()
+        _settle_streams()
         if isinstance(ended.code, int) and _nothing_left():
             # Taking every object apart before the process ends costs as much as half of `info --no-norms`.
             os._exit(ended.code)
@@ -97,18 +104,20 @@ def main() -> None:
 
 def _open_streams() -> None:
     """Give a stream that the caller has closed a place, lest the next file that is opened take its number."""
-    for name in ("stdout", "stderr"):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - stays open to the end
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - stays open to the end
+
+
+def _settle_streams() -> None:
+    """Have all output out; what cannot be was told or cannot be told, and must not change the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            output.discard(stream)
 
 
 def _nothing_left() -> bool:
-    """Whether nothing has to be done at exit: no library that may clean up was loaded, and all output is out."""
-    if threading.active_count() > 1 or not sys.modules.keys().isdisjoint(_CLEAN_UP):
-        return False
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except (OSError, ValueError):
-        return False
-    return True
+    """Whether nothing has to be done at exit: no library that may clean up was loaded."""
+    return threading.active_count() == 1 and sys.modules.keys().isdisjoint(_CLEAN_UP)

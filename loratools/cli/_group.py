@@ -2,18 +2,69 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
-from loratools.cli import failures
+from loratools.cli import _interrupts, failures, output
+from loratools.errors import visible
+
+LEFT = {
+    "clean": "Something half-written may be left beside the output: the same command with --clean removes it.",
+    "output": "Something half-written may be left beside the output, under a hidden name.",
+}
+
+
+class _Formatter(click.HelpFormatter):
+    """Help in characters that stdout has."""
+
+    def getvalue(self) -> str:
+        """The text."""
+        from loratools.report.values import fitted
+
+        return fitted(super().getvalue(), output.encoding_of(sys.stdout))
+
+
+class _Context(click.Context):
+    """A command's run: an interrupted one says what it has kept."""
+
+    formatter_class = _Formatter
+
+    def invoke(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command's function; a failure becomes a message and an exit status, or with --debug a traceback."""
+        try:
+            return super().invoke(*args, **kwargs)
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except KeyboardInterrupt:
+            raise failures.interrupted(self._kept()) from None
+        except Exception as error:
+            if failures.debugging(self):
+                raise
+            raise failures.Failure(failures.message(error)) from error
+
+    def _kept(self) -> str:
+        goal = self.params.get("output")
+        if not self.params.get("resume") or goal is None:
+            return ""
+        from loratools.ops import leftovers
+
+        if not leftovers.kept(goal):
+            return ""
+        return (
+            f"What is done is kept in {visible(leftovers.place(goal))}: the same command with --resume goes on "
+            "from there, with --clean removes it."
+        )
 
 
 class Commands(click.Group):
     """Commands that live in one module each, ``<package>.<name>``, as its ``command``."""
+
+    context_class = _Context
 
     def __init__(
         self, *args: Any, commands_in: str = "", summaries: Mapping[str, str] = {}, **kwargs: Any
@@ -36,6 +87,9 @@ class Commands(click.Group):
             return None
         module = importlib.import_module(f"{self._package}.{cmd_name}")
         command: click.Command = module.command
+        command.context_class = _Context
+        options = {param.name: LEFT[param.name] for param in command.params if param.name in LEFT}
+        _interrupts.leaves(options.get("clean") or options.get("output", ""))
         return command
 
     def resolve_command(
@@ -60,17 +114,45 @@ class Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(sorted(self._summaries.items()))
 
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; a failure becomes a message and an exit status, or with --debug a traceback."""
+    def main(  # type: ignore[override] # click's second overload alone
+        self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **more: Any
+    ) -> Any:
+        """Run a command line; what click would print of an exception goes through ``failures.told``."""
+        if not standalone_mode:
+            return super().main(args, standalone_mode=False, **more)
         try:
+            status = super().main(args, standalone_mode=False, **more)
+        except click.ClickException as error:
+            status = failures.told(error)
+        except click.Abort:  # an interrupt between two steps of click's own
+            status = failures.interrupted().exit_code
+        sys.exit(status if isinstance(status, int) else 0)
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Read the options before the command."""
+        with _while_click_reads_and_prints():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Import the command, read its options, and run it."""
+        with _while_click_reads_and_prints():
             return super().invoke(ctx)
-        except (click.ClickException, click.Abort, click.exceptions.Exit):
+
+
+@contextmanager
+def _while_click_reads_and_prints() -> Iterator[None]:
+    """Around all but the command's own work: callbacks of options, --help and --version."""
+    try:
+        yield
+    except (click.ClickException, click.Abort, click.exceptions.Exit):
+        raise
+    except KeyboardInterrupt:
+        raise failures.interrupted() from None
+    except Exception as error:
+        context = click.get_current_context(silent=True)
+        if context is not None and failures.debugging(context):
             raise
-        except KeyboardInterrupt:
-            raise failures.Interrupted() from None
-        except Exception as error:
-            broken_pipe = isinstance(error, OSError) and error.errno == errno.EPIPE
-            # click itself ends quietly when whoever reads the output has gone.
-            if broken_pipe or failures.debugging(ctx):
-                raise
-            raise failures.Failure(failures.message(error)) from error
+        if isinstance(error, OSError) and output.no_reader(error):
+            output.discard(sys.stdout)
+            raise click.exceptions.Exit(0) from None
+        raise failures.Failure(failures.message(error)) from error

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loratools.cli import checkpoint_options, options, output
+from loratools.cli import checkpoint_options, engine_options, options, output, resume_options
 
 if TYPE_CHECKING:
     from loratools.ops.checkpoint_results import BakeReport
@@ -36,14 +36,10 @@ Examples:
     "adapters' own subspace).",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Of stochastic rounding.")
-@click.option(
-    "--resume",
-    is_flag=True,
-    help="For a model of several files: keep those that are whole where this bake is interrupted, and go on behind "
-    "those of one that was.",
-)
+@resume_options.resuming
 @options.baking
 @options.arch
+@engine_options.running
 @options.common
 def command(
     base: str,
@@ -61,6 +57,8 @@ def command(
 
     An adapter that BASE has no place for is refused; one that fits in part is, too, unless --skip-missing allows it.
     "Kept" is how much of ΔW is in the result once it is rounded to the store dtype: ⟨stored − W, ΔW⟩ / ‖ΔW‖².
+
+    What a bake of more than a second has done is written down as it goes, so that --resume can go on after a crash.
     """
     checkpoint_options.one_weight_each(weights, adapters)
     from loratools.ops import bake

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loratools.cli import checkpoint_options, options, output
+from loratools.cli import checkpoint_options, engine_options, options, output
 
 if TYPE_CHECKING:
     from loratools.ops.compare_results import CompareReport
@@ -53,6 +53,7 @@ Examples:
 )
 @options.arch
 @options.common
+@engine_options.running
 def command(
     paths: Sequence[str],
     weights: tuple[float, ...] | None,

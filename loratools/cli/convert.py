@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loratools.cli import options, output
+from loratools.cli import options, output, resume_options
 
 if TYPE_CHECKING:
     from loratools.ops.results import ConvertReport
@@ -124,6 +124,7 @@ def _droppable(ctx: click.Context, param: click.Parameter, value: tuple[str, ...
     help="Leave out what the layout cannot hold: extras, magnitude, bias, norm, unnamed, a kind (loha, full) or a "
     "component (text_encoder). May be repeated.",
 )
+@resume_options.cleanable
 @options.converting
 @options.arch
 @options.common

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loratools.cli import checkpoint_options, options, output, rank_options
+from loratools.cli import (
+    checkpoint_options,
+    engine_options,
+    options,
+    output,
+    rank_options,
+    resume_options,
+)
 
 if TYPE_CHECKING:
     from loratools.ops.checkpoint_results import ExtractReport
@@ -72,10 +79,15 @@ def _patterns(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]
     help="Randomized: how much larger than the best possible an error may be, as a fraction. Default: 0.001.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Of randomized.")
+@resume_options.resuming
 @options.extracting
 @options.arch
+@engine_options.running
 @options.common
+@click.pass_context
 def command(
+    ctx: click.Context,
+    /,
     base: str,
     tuned: str,
     layout: str | None,
@@ -96,9 +108,15 @@ def command(
         shared["rank"] = _DEFAULT_RANK
     from loratools.ops import extract
 
+    if resume_options.cleaning(ctx):
+        rule = {name: shared[name] for name in rank_options.RULES}
+        named = extract.default_output(tuned, to=layout, arch=shared["arch"], **rule)
+        resume_options.clean(named, as_json=as_json, quiet=quiet)
+        return
     with output.progress("extracting", quiet=quiet, in_bytes=True) as progress:
         rule = {name: shared[name] for name in rank_options.RULES}
         here = shared.pop("output") or extract.default_output(tuned, to=layout, arch=shared["arch"], **rule)
+        ctx.params["output"] = here  # where an interrupted run says that something is kept
         _, report = extract.extract(base, tuned, here, to=layout, progress=progress, **shared)
     _write(report, dry_run=shared["dry_run"], as_json=as_json, quiet=quiet)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
-from typing import IO, Any
+import traceback
+from types import TracebackType
 
 import click
 
-from loratools.errors import LoraError
+from loratools.cli import _interrupts, output
+from loratools.errors import LoraError, visible
 
 _DEBUG = "loratools.debug"
 
@@ -18,17 +21,18 @@ class Failure(click.ClickException):
     exit_code = 1
 
 
-class Interrupted(click.ClickException):
-    """Ctrl-C: exit status 130, which is what shells give a process that SIGINT has ended."""
+def interrupted(left: str = "") -> click.exceptions.Exit:
+    """Say on stderr, in a word, that a signal has ended the run.
 
-    exit_code = 130
+    Args:
+        left: What can be done with what is left of it, in a sentence.
 
-    def __init__(self) -> None:
-        super().__init__("Interrupted")
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        """One word on stderr."""
-        click.echo("Interrupted", file=file, err=file is None)
+    Returns:
+        What ends it: with 128 and the signal's number, as shells have it of a process that one has ended.
+    """
+    word = _interrupts.word()
+    output.tell(f"{word}. {left}" if left else word)
+    return click.exceptions.Exit(_interrupts.status())
 
 
 def remember_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
@@ -41,6 +45,26 @@ def debugging(ctx: click.Context) -> bool:
     return bool(ctx.meta.get(_DEBUG))
 
 
+def told(error: click.ClickException) -> int:
+    """Say on stderr what an exception says; click repeats arguments in its own, which may hold anything.
+
+    Returns:
+        The exit status.
+    """
+    shown = io.StringIO()
+    error.show(file=shown)
+    text = shown.getvalue()
+    if error.message:
+        text = text.replace(error.message, visible(error.message))
+    output.tell(_visible_lines(text), end="")
+    return error.exit_code
+
+
+def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What --debug shows, on stderr: Python's traceback, in which messages cannot steer the terminal."""
+    output.tell(_visible_lines("".join(traceback.format_exception(kind, error, trace))), end="")
+
+
 def message(error: BaseException) -> str:
     """What went wrong, in a sentence that says what to do."""
     if isinstance(error, LoraError):
@@ -51,8 +75,12 @@ def message(error: BaseException) -> str:
         return "There is not enough memory. Try fewer files at once, or --device cpu."
     if isinstance(error, OSError):
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-        return f"{where}{error.strerror or error}."
-    return (
+        return visible(f"{where}{error.strerror or error}.")
+    return visible(
         f"{type(error).__name__}: {error}. This is a fault in loratools, not in how it was used. "
         "Please report it with what --debug shows."
     )
+
+
+def _visible_lines(text: str) -> str:
+    return "\n".join(map(visible, text.split("\n")))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 
 from loratools.cli import failures, options, output
+from loratools.errors import visible
 
 if TYPE_CHECKING:
     from loratools.ops.results import Info
@@ -85,7 +86,7 @@ def _named(paths: Sequence[str]) -> Iterator[Entry]:
     from loratools.ops import inspect
 
     for path in paths:
-        if os.path.isdir(path) and not _single(path):
+        if inspect.is_folder(path) and not _single(path):
             yield from (Entry(found, named=False) for found in inspect.candidates(path))
         else:
             yield Entry(path, named=True)
@@ -132,7 +133,7 @@ def _look(
             except Exception as error:
                 if entry.named and failures.debugging(ctx):
                     raise
-                size = os.path.getsize(entry.path) if os.path.isfile(entry.path) else 0
+                size = inspect.size_of(entry.path)
                 found.append(Info(path=entry.path, bytes=size, error=failures.message(error)))
     return found
 
@@ -158,7 +159,9 @@ def _write_several(
     """A table, why files of a folder cannot be read, and every module where that was asked for."""
     if not infos:
         where = ", ".join(paths) if paths else f"the current folder ({os.getcwd()})"
-        click.echo(f"No adapters in {where}. Name a file or another folder: loratools info PATH")
+        output.write_text(
+            f"No adapters in {visible(where)}. Name a file or another folder: loratools info PATH"
+        )
         return
     from loratools.report.table_text import table_text
 

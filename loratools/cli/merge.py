@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loratools.cli import beside_options, merge_options, options, output, weight_options
+from loratools.cli import (
+    beside_options,
+    engine_options,
+    merge_options,
+    options,
+    output,
+    resume_options,
+    weight_options,
+)
 
 if TYPE_CHECKING:
     from loratools.ops.merge_results import MergeReport
@@ -58,8 +66,10 @@ Examples:
     help="Leave out what is in the way: extras, the tensors of no module. May be repeated.",
 )
 @click.option("--allow-nonfinite", is_flag=True, help="Go on with NaN or Inf in a factor.")
+@resume_options.resuming
 @options.writing
 @options.arch
+@engine_options.running
 @options.common
 @click.pass_context
 def command(
@@ -72,10 +82,15 @@ def command(
     of --to.
 
     "Energy kept" is the share of Σσ² that the result's rank holds of the method's full-rank result.
+
+    What a long merge has done is written down as it goes, so that --resume can go on after a crash. Merges that
+    decompose nothing (linear without a rank, concat) are done again instead: writing is all that they do.
     """
     if recipe is not None:
         merge_options.refuse_beside_recipe(ctx)
         report = _repeat(recipe, quiet=quiet, **given)
+    elif given.pop("allow_urls"):
+        raise click.UsageError("--allow-urls is about the URLs in a recipe. Add --recipe.")
     else:
         report = _merge(paths, quiet=quiet, **given)
     _write(report, dry_run=given["dry_run"], as_json=as_json, quiet=quiet)
@@ -111,6 +126,9 @@ def _repeat(recipe: str, *, quiet: bool, device: str, **given: Any) -> MergeRepo
             dry_run=given["dry_run"],
             device=None if device == "auto" else device,
             progress=progress,
+            engine=given["engine"],
+            resume=given["resume"],
+            allow_urls=given["allow_urls"],
         )
 
 

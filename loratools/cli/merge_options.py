@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loratools.cli import options
+from loratools.cli import options, output
 from loratools.cli.options import Decorated
 
 if TYPE_CHECKING:
@@ -19,6 +19,12 @@ METHODS = ("loratools.methods", "METHOD")
 # What a recipe leaves open: it says all the rest.
 _BESIDE_A_RECIPE = {
     "recipe",
+    "allow_urls",
+    "resume",
+    "engine",
+    "ray_address",
+    "workers",
+    "devices",
     "output",
     "overwrite",
     "dry_run",
@@ -45,7 +51,7 @@ def steps(command: Decorated) -> Decorated:
 
 
 def recipes(command: Decorated) -> Decorated:
-    """--recipe and --save-recipe."""
+    """--recipe, --save-recipe and --allow-urls."""
     for option in reversed(_RECIPES):
         command = option(command)
     return command
@@ -121,14 +127,14 @@ def list_methods(ctx: click.Context, _param: click.Parameter, value: bool) -> No
     methods: Mapping[str, Method] = scan(*METHODS)
     width = max(map(len, methods))
     for name, method in methods.items():
-        click.echo(f"{name:{width}}  {method.summary}")
-    click.echo()
+        output.write_text(f"{name:{width}}  {method.summary}")
+    output.write_text("")
     formatter = ctx.make_formatter()
     with formatter.section("Options"):
         formatter.write_dl(
             [(f"--{option.name}", _explained(option, of)) for option, of in _declared(methods).values()]
         )
-    click.echo(formatter.getvalue(), nl=False)
+    output.write_text(formatter.getvalue(), end="")
     ctx.exit()
 
 
@@ -270,5 +276,10 @@ _RECIPES = (
         metavar="FILE",
         type=options.PATH,
         help="Write a recipe of this merge, by which --recipe repeats it bit for bit.",
+    ),
+    click.option(
+        "--allow-urls",
+        is_flag=True,
+        help="With --recipe: read inputs that it names by URLs. Default: such a recipe is refused.",
     ),
 )

@@ -235,12 +235,17 @@ def arch(command: Decorated) -> Decorated:
     )(command)
 
 
+def limit_threads(count: int) -> None:
+    """Compute with so many threads, in libraries that are imported later, too."""
+    for variable in _THREAD_VARIABLES:
+        os.environ[variable] = str(count)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(count)
+
+
 def _limit_threads(_ctx: click.Context, _param: click.Parameter, value: int | None) -> int | None:
     if value is not None:
-        for variable in _THREAD_VARIABLES:
-            os.environ[variable] = str(value)
-        if "torch" in sys.modules:
-            sys.modules["torch"].set_num_threads(value)
+        limit_threads(value)
     return value
 
 

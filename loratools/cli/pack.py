@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from loratools import runtimes
-from loratools.cli import options, output
+from loratools.cli import engine_options, options, output, resume_options
 
 _EPILOG = """\b
 Examples:
@@ -79,9 +79,11 @@ def _ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     help="Keep what is finished where this run is interrupted, and go on behind what one that was has finished; "
     "inputs that have changed are done again.",
 )
+@resume_options.cleanable
 @options.packing
 @options.arch
 @options.common
+@engine_options.running_on_cpus
 def command(
     libraries: Sequence[str],
     layout: str | None,

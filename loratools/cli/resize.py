@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loratools.cli import options, output, rank_options
+from loratools.cli import engine_options, options, output, rank_options, resume_options
 
 if TYPE_CHECKING:
     from loratools.ops.resize_results import ResizeReport
@@ -66,8 +66,10 @@ Examples:
     metavar="KIND",
     help="Leave out what the layout of --to cannot hold: extras, bias, norm, … as convert has it. May be repeated.",
 )
+@resume_options.resuming
 @options.writing
 @options.arch
+@engine_options.running
 @options.common
 def command(path: str, plot: bool, as_json: bool, quiet: bool, **shared: Any) -> None:
     """Cut an adapter to lower ranks, as little as the rule allows.

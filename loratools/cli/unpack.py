@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import click
 
-from loratools.cli import options, output
+from loratools.cli import options, output, resume_options
 
 _EPILOG = """\b
 Examples:
@@ -19,6 +19,7 @@ Examples:
 @click.command("unpack", epilog=_EPILOG)
 @click.argument("path", metavar="PACK", type=options.PATH)
 @click.argument("names", metavar="[NAME]...", nargs=-1)
+@resume_options.cleanable
 @options.unpacking
 @options.common
 def command(

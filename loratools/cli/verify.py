@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loratools.cli import checkpoint_options, options, output
+from loratools.cli import checkpoint_options, engine_options, options, output
 
 if TYPE_CHECKING:
     from loratools.ops.checkpoint_results import VerifyReport
@@ -27,6 +27,7 @@ Examples:
 @checkpoint_options.strengths
 @options.arch
 @options.common
+@engine_options.running_on_cpus
 def command(
     base: str,
     adapters: Sequence[str],

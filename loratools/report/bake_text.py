@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -71,8 +72,8 @@ def _facts(report: BakeReport, symbols: Symbols, dry_run: bool) -> Iterator[tupl
     for line in parts.missing(report.adapters, report.missing):
         yield "skipped", line
     if report.resumed:
-        were = "was" if report.resumed == 1 else "were"
-        yield "resumed", f"{values.plural(report.resumed, 'file')} {were} written before"
+        taken = values.plural(report.resumed, "task")
+        yield "resumed", f"{taken} of the interrupted run taken over, {values.size(report.resumed_bytes)}"
     yield from _end(report, dry_run)
 
 
@@ -84,14 +85,17 @@ def _end(report: BakeReport, dry_run: bool) -> Iterator[tuple[str, str]]:
         yield "wrote", target
         return
     if report.estimate is not None:
-        yield "time", _estimate(report.estimate)
+        yield "speed", _speed(report.estimate)
+        yield from parts.prediction(report.estimate.whole)
     yield "would write", target
     yield "dry run", "nothing was written"
 
 
-def _estimate(estimate: BakeEstimate) -> str:
-    copying, computing = (values.size(round(rate)) for rate in (estimate.copy_rate, estimate.compute_rate))
-    return f"about {parts.duration(estimate.seconds)}: copies at {copying}/s, computes at {computing}/s"
+def _speed(estimate: BakeEstimate) -> str:
+    """What was measured; nothing is of files at URLs, nor where nothing is computed."""
+    rates = {"copies": estimate.copy_rate, "computes": estimate.compute_rate}
+    told = [f"{what} at {values.size(round(rate))}/s" for what, rate in rates.items() if math.isfinite(rate)]
+    return ", ".join(told) or "not measured"
 
 
 def _components(report: BakeReport, width: int, symbols: Symbols) -> RenderableType:

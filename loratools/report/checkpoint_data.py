@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from loratools.report.data import strict
 
 if TYPE_CHECKING:
-    from loratools.ops.checkpoint_results import BakeReport, ExtractReport, VerifyReport
+    from loratools.ops.checkpoint_results import BakeEstimate, BakeReport, ExtractReport, VerifyReport
 
 
 def bake_json(report: BakeReport, *, dry_run: bool = False) -> dict[str, Any]:
@@ -24,10 +24,18 @@ def bake_json(report: BakeReport, *, dry_run: bool = False) -> dict[str, Any]:
             **report._asdict(),
             "dry_run": dry_run,
             "tensors": [tensor._asdict() for tensor in report.tensors],
-            "estimate": None if report.estimate is None else report.estimate._asdict(),
+            "estimate": None if report.estimate is None else _bake_estimate(report.estimate),
         }
     )
     return found
+
+
+def _bake_estimate(estimate: BakeEstimate) -> dict[str, Any]:
+    return {
+        **estimate.whole._asdict(),
+        "copy_rate": estimate.copy_rate,
+        "compute_rate": estimate.compute_rate,
+    }
 
 
 def extract_json(report: ExtractReport, *, dry_run: bool = False) -> dict[str, Any]:
@@ -46,6 +54,7 @@ def extract_json(report: ExtractReport, *, dry_run: bool = False) -> dict[str, A
             "ranks": report.ranks,
             "modules": [module._asdict() for module in report.modules],
             "left_out": [each._asdict() for each in report.left_out],
+            "estimate": None if report.estimate is None else report.estimate._asdict(),
         }
     )
     return found

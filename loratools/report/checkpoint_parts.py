@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 from rich.padding import Padding
@@ -13,6 +14,9 @@ from loratools.report import values
 from loratools.report.table_text import short_paths
 from loratools.report.tables import Column, table, wrapped
 from loratools.report.values import Symbols, clean
+
+if TYPE_CHECKING:
+    from loratools.ops.prediction_results import Estimate
 
 _KEYS_SHOWN = 5
 
@@ -49,6 +53,21 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def prediction(estimate: Estimate | None) -> Iterator[tuple[str, str]]:
+    """What a run would take: time, memory and bytes; nothing where it was not estimated."""
+    if estimate is None:
+        return
+    yield "time", f"about {duration(estimate.seconds)} with {values.plural(estimate.workers, 'worker')}"
+    together = f"; {values.size(estimate.peak)} in all" if estimate.workers > 1 else ""
+    yield "memory", f"{values.size(estimate.memory)} for a worker{together}"
+    yield "reads", _moved(estimate.read, estimate.read_rate)
+    yield "writes", _moved(estimate.written, estimate.write_rate)
+
+
+def _moved(size: int, rate: float | None) -> str:
+    return values.size(size) + ("" if rate is None else f", at {values.size(round(rate))}/s")
 
 
 def adapters(

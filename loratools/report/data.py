@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 
 def dumps(value: Any) -> str:
-    """Strict JSON in ASCII, which survives any terminal, pipe and code page."""
-    return json.dumps(strict(value), indent=2, allow_nan=False)
+    """Strict JSON in printable ASCII, which survives any terminal, pipe and code page."""
+    # The one control character that JSON lets stand, and only ever within a string.
+    return json.dumps(strict(value), indent=2, allow_nan=False).replace("\x7f", "\\u007f")
 
 
 def strict(value: Any) -> Any:

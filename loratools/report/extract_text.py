@@ -63,7 +63,7 @@ def _facts(report: ExtractReport, symbols: Symbols, dry_run: bool) -> Iterator[t
     what = f"{clean(report.layout)} layout, {clean(report.dtype)}, {values.size(report.bytes)}"
     target = f"{clean(report.output)} ({what})"
     if dry_run:
-        yield "time", "" if report.estimate is None else f"about {parts.duration(report.estimate)}"
+        yield from parts.prediction(report.estimate)
         yield "would write", target
         yield "dry run", "nothing was written"
     else:

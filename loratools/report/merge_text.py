@@ -78,6 +78,7 @@ def _facts(report: MergeReport, symbols: Symbols, dry_run: bool) -> Iterator[tup
     size = f", {values.size(report.bytes)}" if report.bytes else ""
     target = f"{clean(report.output)} ({clean(report.layout)} layout{size})"
     if dry_run:
+        yield from checkpoint_parts.prediction(report.estimate)
         yield "would write", target
         yield "dry run", "nothing was written"
     else:

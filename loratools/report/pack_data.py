@@ -28,6 +28,7 @@ def pack_json(report: PackReport, *, dry_run: bool = False) -> dict[str, Any]:
             "reused": report.reused,
             "notes": report.notes,
             "shared_basis": [each._asdict() for each in report.shared] or None,
+            "estimate": None if report.estimate is None else report.estimate._asdict(),
         }
     )
     return found

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from loratools.report import values
+from loratools.report import checkpoint_parts, values
 from loratools.report.tables import Column, pairs, table, wrapped
 from loratools.report.values import Symbols, clean
 
@@ -83,6 +83,7 @@ def _facts(report: PackReport, symbols: Symbols, dry_run: bool) -> Iterator[tupl
     if report.shared:
         yield "basis", f"{len(report.shared):,} modules, at most rank {max(p.rank for p in report.shared)}"
         yield "error", _spread([each.error or 0.0 for each in report.adapters])
+    yield from checkpoint_parts.prediction(report.estimate)
 
 
 def _spread(errors: Sequence[float]) -> str:

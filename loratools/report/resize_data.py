@@ -29,6 +29,7 @@ def resize_json(report: ResizeReport, *, dry_run: bool = False) -> dict[str, Any
             "error": report.error,
             "components": components_json(report.components()),
             "modules": [module._asdict() for module in report.modules],
+            "estimate": None if report.estimate is None else report.estimate._asdict(),
         }
     )
     return found

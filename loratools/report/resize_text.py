@@ -72,6 +72,7 @@ def _facts(report: ResizeReport, symbols: Symbols, dry_run: bool) -> Iterator[tu
     yield "size", _sizes(report)
     target = f"{clean(report.output)} ({clean(report.layout)} layout)"
     if dry_run:
+        yield from parts.prediction(report.estimate)
         yield "would write", target
         yield "dry run", "nothing was written"
     else:

@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from loratools.report.values import Symbols
+from loratools.report.values import fitted as fitted_to
 
 _INDENT = 1
 _GAP = 2
@@ -57,7 +58,7 @@ def table(columns: Sequence[Column], *, width: int, symbols: Symbols, title: str
 
     A column without any content is left out silently.
     """
-    filled = [column for column in columns if any(column.cells)]
+    filled = [_shown(column, symbols) for column in columns if any(column.cells)]
     kept, dropped = fitted(filled, width)
     # What the others leave is for the names.
     room = width - _total(kept) + sum(column.least for column in kept if column.fold)
@@ -75,6 +76,12 @@ def table(columns: Sequence[Column], *, width: int, symbols: Symbols, title: str
     if dropped:
         lines.append(Text(f"no room for: {', '.join(column.head for column in dropped)}", style="dim"))
     return _indented(lines)
+
+
+def _shown(column: Column, symbols: Symbols) -> Column:
+    """The column in characters that the output has: what stands for others takes another width."""
+    head, *cells = (fitted_to(text, symbols.encoding) for text in (column.head, *column.cells))
+    return column._replace(head=head, cells=cells)
 
 
 def pairs(rows: Iterable[tuple[str, str]], *, width: int) -> RenderableType:
@@ -134,7 +141,7 @@ def fitted(columns: Sequence[Column], width: int) -> tuple[list[Column], list[Co
 def folded(name: str, width: int) -> str:
     """A name over several lines of at most ``width`` cells, broken after a separator where there is one."""
     lines: list[str] = []
-    while cell_len(name) > width:
+    while name and cell_len(name) > width:
         stop = _cut(name, width)
         # A separator near the start would leave a line almost empty.
         joints = (max(name.rfind(char, 0, stop) for char in chars) + 1 for chars in _JOINTS)

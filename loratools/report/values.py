@@ -6,8 +6,19 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from loratools.errors import visible
+
 _SIZES = ("B", "kB", "MB", "GB", "TB")
 _BINS = 24
+# What stands for our own symbols where an output lacks them, in the order in which they are replaced.
+_TWINS = (
+    ("Σ ", "sum "), ("Σ", "sum "), ("σ", "s"), ("Δ", "d"), ("‖", "||"), ("²", "^2"), ("³", "^3"), ("√", "sqrt"),
+    ("·", "*"), ("×", "x"), ("−", "-"), ("–", "-"), ("—", "--"), ("…", "..."), ("⟨", "<"), ("⟩", ">"), ("≤", "<="),
+    ("≥", ">="), ("≠", "!="), ("∞", "inf"), ("─", "-"),
+)  # fmt: skip
+
+clean = visible
+"""What a report shows of a name or a value from a file, whose text nobody vouches for."""
 
 
 class Symbols(NamedTuple):
@@ -20,6 +31,7 @@ class Symbols(NamedTuple):
         more: Where something was left out.
         bars: Eight bars of growing height.
         rule: What a line under headings is made of.
+        encoding: That of the output, where it lacks characters of others.
     """
 
     times: str = "×"
@@ -28,27 +40,39 @@ class Symbols(NamedTuple):
     more: str = "…"
     bars: str = "▁▂▃▄▅▆▇█"
     rule: str = "─"
+    encoding: str = "utf-8"
 
 
 UNICODE = Symbols()
-ASCII = Symbols(times="x", dot="|", dash="-", more="...", bars=".:-=+*#@", rule="-")
+ASCII = Symbols(times="x", dot="|", dash="-", more="...", bars=".:-=+*#@", rule="-", encoding="ascii")
 
 
 def symbols_for(encoding: str | None) -> Symbols:
     """The symbols that an output of this encoding can show."""
+    known = encoding or "ascii"
+    return UNICODE if _encodable("".join(UNICODE), known) else ASCII._replace(encoding=known)
+
+
+def fitted(text: str, encoding: str | None) -> str:
+    """Text as an output of this encoding can show it: twins in ASCII for our own symbols, escapes for all else."""
+    known = encoding or "ascii"
+    if _encodable(text, known):
+        return text
+    for symbol, twin in _TWINS:
+        if symbol in text and not _encodable(symbol, known):
+            text = text.replace(symbol, twin)
     try:
-        "".join(UNICODE).encode(encoding or "ascii")
+        return text.encode(known, "backslashreplace").decode(known)
+    except LookupError:
+        return text.encode("ascii", "backslashreplace").decode("ascii")
+
+
+def _encodable(text: str, encoding: str) -> bool:
+    try:
+        text.encode(encoding)
     except (UnicodeEncodeError, LookupError):
-        return ASCII
-    return UNICODE
-
-
-def clean(text: object) -> str:
-    """Text on one line without control characters: metadata must not be able to steer the terminal."""
-    return "".join(
-        char if char.isprintable() else " " if char.isspace() else "\N{REPLACEMENT CHARACTER}"
-        for char in str(text)
-    )
+        return False
+    return True
 
 
 def size(count: int) -> str:

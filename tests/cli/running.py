@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 
 from click.testing import CliRunner, Result
 
@@ -15,3 +16,13 @@ def invoke(*arguments: object) -> Result:
     older = "mix_stderr" in inspect.signature(CliRunner).parameters
     runner = CliRunner(mix_stderr=False) if older else CliRunner()
     return runner.invoke(cli, list(map(str, arguments)), prog_name="loratools")
+
+
+class Terminal(io.StringIO):
+    """A stderr that is looked at."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        """It is."""
+        return True

@@ -1,4 +1,3 @@
-import io
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 
 from loratools.cli import output
 from loratools.ops import bake as operation
-from tests.cli.running import invoke
+from tests.cli.running import Terminal, invoke
 from tests.ops import sd15_checkpoints
 from tests.report.checkpoint_samples import bake_report
 
@@ -65,6 +64,7 @@ def test_options_reach_the_operation(asked):
         "rounding": "stochastic",
         "seed": 7,
         "resume": True,
+        "engine": None,
         "skip_missing": True,
         "arch": "sd15",
         "dtype": "bfloat16",
@@ -184,15 +184,6 @@ def test_an_unknown_component_is_exit_status_1(made, out):
     assert result.exit_code == 1
     assert "denoiser" in result.stderr
     assert not os.listdir(out.parent)
-
-
-class Terminal(io.StringIO):
-    """A stderr that is looked at."""
-
-    encoding = "utf-8"
-
-    def isatty(self):
-        return True
 
 
 def test_the_bar_shows_bytes_rate_and_remaining_time_in_80_columns(monkeypatch):

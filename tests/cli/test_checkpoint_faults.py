@@ -245,7 +245,6 @@ def test_a_gguf_is_refused_by_name(folder):
         (swapped(BAKE, out="none/out.safetensors"), "does not exist. Create it"),
         (swapped(BAKE, out="m"), "m: the base is a file, and the output has no file's name"),
         (swapped(BAKE, out="out.ckpt"), "out.ckpt: a .ckpt is written from a .ckpt alone"),
-        ((*BAKE, "--resume"), "base.safetensors: a bake of a single file has no part to resume at"),
         (swapped(BAKE, base="m", out="m"), "m: the output is a folder and holds files."),
         (
             swapped(BAKE, base="m", out="m/inner"),

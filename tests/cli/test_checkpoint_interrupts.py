@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from loratools.io import _output, spool
+from loratools.engine import _kept_parts, kept
+from loratools.io import _output
 from tests.cli import checkpoint_files as make
 from tests.cli.running import invoke
 from tests.ops import sd15_checkpoints
@@ -22,28 +23,31 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="POSIX signals and re
 # The program, ended by a signal when it is about to write for the n-th time.
 ENDED = """
 import os, signal, sys
-from loratools.io import _output, spool
+from loratools.engine import _kept_parts
+from loratools.io import _output
 real, left = _output.write_at, [{count}]
 def write_at(*given):
     left[0] -= 1
     if left[0] == 0:
         os.kill(os.getpid(), {number})
     return real(*given)
-_output.write_at = spool.write_at = write_at
+_output.write_at = _kept_parts.write_at = write_at
 from loratools import cli
 cli.main()
 """
-# The program, ended by a signal once the first file of several is on the disk under its name.
-ENDED_AFTER_A_FILE = """
+# The program, ended by a signal once so many records are in the journal.
+ENDED_AFTER_RECORDS = """
 import os, signal, sys
-from loratools.io.model_folder import ModelFolder
-real, left = ModelFolder.finished, [{count}]
-def finished(*given):
-    real(*given)
-    left[0] -= 1
-    if left[0] == 0:
+from loratools.io import _copier, work_folder
+from loratools.io._journal_file import Journal
+work_folder._EVERY, _copier._SYNCED = 0.0, 1
+real, left = Journal.append, [{count}]
+def append(self, records):
+    real(self, records)
+    left[0] -= len(records)
+    if left[0] <= 0:
         os.kill(os.getpid(), {number})
-ModelFolder.finished = finished
+Journal.append = append
 from loratools import cli
 cli.main()
 """
@@ -59,7 +63,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def ended(number, count, *arguments, program=ENDED):
-    """The exit status of a command that a signal ends at its n-th write, or after its n-th file."""
+    """The exit status of a command that a signal ends at its n-th write, or after its n-th record."""
     code = program.format(number=int(number), count=count)
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
@@ -90,7 +94,8 @@ def test_a_run_that_is_interrupted_leaves_nothing(folder, count, command, monkey
         return real(*given)
 
     monkeypatch.setattr(_output, "write_at", write_at)
-    monkeypatch.setattr(spool, "write_at", write_at)
+    monkeypatch.setattr(_kept_parts, "write_at", write_at)
+    monkeypatch.setattr(kept, "_EVERY", 0.0)  # as a run does that takes longer
     # A run in the background may have been told to ignore interrupts.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = make.snapshot(folder)
@@ -115,6 +120,11 @@ def test_a_killed_bake_has_no_output_and_the_next_one_succeeds(folder):
     after = make.snapshot(folder)
     assert not (folder / "out.ckpt").exists()
     assert {name: after[name] for name in before} == before
+    assert (folder / ".out.ckpt.work").is_dir()
+    cleaned = invoke("bake", "base.ckpt", "a.safetensors", "-o", "out.ckpt", "--clean")
+    assert cleaned.exit_code == 0
+    assert ".out.ckpt.work" in cleaned.stdout
+    assert make.snapshot(folder) == before
     assert invoke(*command).exit_code == 0
     assert torch.load(folder / "out.ckpt", weights_only=True)["global_step"] == 3
 
@@ -123,12 +133,12 @@ def test_resuming_gives_what_an_uninterrupted_bake_gives(folder):
     command = ("bake", "m", "a.safetensors", "--resume", "-o")
     assert invoke(*command, "whole").exit_code == 0
     before = make.snapshot(folder)
-    assert ended(signal.SIGKILL, 1, *command, "out", program=ENDED_AFTER_A_FILE) == -signal.SIGKILL
+    assert ended(signal.SIGKILL, 1, *command, "out", program=ENDED_AFTER_RECORDS) == -signal.SIGKILL
     assert not (folder / "out").exists()
-    assert (folder / ".out.bake" / "new" / "model-00001-of-00002.safetensors").exists()
+    assert (folder / ".out.work" / "journal").exists()
     result = invoke(*command, "out")
     assert result.exit_code == 0
-    assert re.search(r"resumed +[12] files? w\w+ written before", result.stdout)
+    assert re.search(r"resumed +\d+ tasks? of the interrupted run taken over", result.stdout)
     after = make.snapshot(folder)
     assert {name: after[name] for name in before} == before
     assert make.snapshot(folder / "out") == make.snapshot(folder / "whole")

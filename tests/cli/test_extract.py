@@ -77,6 +77,7 @@ def test_options_reach_the_operation(asked):
         "arch": "sd15",
         "overwrite": True,
         "dry_run": True,
+        "resume": False,
     }
 
 

@@ -53,7 +53,7 @@ def test_every_command_has_examples_and_the_common_options(command):
 
 
 def test_help_imports_no_command_and_nothing_heavy():
-    assert loaded("--help") == "[] ['loratools.cli.failures']"
+    assert loaded("--help") == "[] ['loratools.cli.failures', 'loratools.cli.output']"
     assert "'loratools.cli.info'" in loaded("info", "--help")
     assert loaded("merge", "--help").startswith("[] ")
     assert "loratools.cli.info" not in loaded("merge", "--help")

@@ -70,6 +70,7 @@ def test_a_dry_run_writes_nothing_and_knows_the_size(pair, out):
     written = json.loads(run(*pair, "-o", out, "--json").stdout)
     found = json.loads(planned.stdout)
     assert found["dry_run"] is True
+    assert found["estimate"]["workers"] > 0
     assert found["ranks"] == written["ranks"]
     assert 0 < found["bytes"] <= written["bytes"]
 

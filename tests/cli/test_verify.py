@@ -40,6 +40,7 @@ def test_options_reach_the_operation(answer):
         "components": ("denoiser",),
         "skip_missing": True,
         "arch": "sd15",
+        "engine": None,
         "progress": None,
     }
 

@@ -11,10 +11,29 @@ from loratools.ops.checkpoint_results import (
     VerifiedTensor,
     VerifyReport,
 )
+from loratools.ops.prediction_results import Estimate
 
 KEY = "model.diffusion_model.input_blocks.{}.1.transformer_blocks.0.attn2.to_out.0.weight"
 TARGET = "input_blocks.{}.1.transformer_blocks.0.attn2.to_out.0"
 LONG = "models/a rather long name of a checkpoint that somebody trained at night-v2.safetensors"
+
+
+def estimate(**changes) -> Estimate:
+    given = {
+        "seconds": 125.0,
+        "workers": 4,
+        "sequential": 5.0,
+        "read": 5_000_000_000,
+        "written": 2_500_000_000,
+        "memory": 1_500_000_000,
+        "peak": 4_000_000_000,
+        "bound": 100.0,
+        "efficiency": 0.8,
+        "tasks": 112,
+        "read_rate": 2e9,
+        "write_rate": 4e8,
+    }
+    return Estimate(**{**given, **changes})
 
 
 def baked_tensor(number: int, **changes) -> BakedTensor:

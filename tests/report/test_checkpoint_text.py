@@ -26,12 +26,14 @@ def words(text):
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_nothing_is_wider_than_the_terminal(width, encoding):
-    estimate = BakeEstimate(125.0, 1.2e9, 8e8)
+    estimate = BakeEstimate(samples.estimate(), 1.2e9, 8e8)
     for text in (
         shown(bake_text, samples.bake_report(), width, encoding),
         shown(bake_text, samples.bake_report(estimate=estimate), width, encoding, dry_run=True),
         shown(extract_text, samples.extract_report(), width, encoding),
-        shown(extract_text, samples.extract_report(estimate=60.0), width, encoding, dry_run=True),
+        shown(
+            extract_text, samples.extract_report(estimate=samples.estimate()), width, encoding, dry_run=True
+        ),
         shown(verify_text, samples.verify_report(), width, encoding),
         shown(verify_text, samples.failed_report(notes=("a note " * 30,)), width, encoding),
     ):
@@ -80,10 +82,11 @@ def test_the_same_note_on_many_tensors_is_told_once():
 def test_a_dry_run_of_a_bake_shows_the_plan_and_the_estimate():
     planned = tuple(samples.baked_tensor(number, kept=None, error=None, norm=0.0) for number in range(12))
     report = samples.bake_report(
-        tensors=planned, kept=None, error=None, files=3, estimate=BakeEstimate(125.0, 1.2e9, 8e8)
+        tensors=planned, kept=None, error=None, files=3, estimate=BakeEstimate(samples.estimate(), 1.2e9, 8e8)
     )
     text = words(shown(bake_text, report, dry_run=True))
-    assert "about 2 min 05 s: copies at 1.2 GB/s, computes at 800.0 MB/s" in text
+    assert "speed copies at 1.2 GB/s, computes at 800.0 MB/s" in text
+    assert "time about 2 min 05 s with 4 workers" in text
     assert "would write baked.safetensors (2.1 GB, 3 files)" in text
     assert "denoiser 8 F16" in text
     assert "text_encoder 4 F16" in text
@@ -93,8 +96,8 @@ def test_a_dry_run_of_a_bake_shows_the_plan_and_the_estimate():
 
 
 def test_a_resumed_bake_says_so():
-    assert "resumed 2 files were written before" in words(
-        shown(bake_text, samples.bake_report(resumed=2, files=5))
+    assert "resumed 2 tasks of the interrupted run taken over, 3.0 MB" in words(
+        shown(bake_text, samples.bake_report(resumed=2, resumed_bytes=3_000_000))
     )
 
 
@@ -139,8 +142,17 @@ def test_components_are_summed_by_their_energy():
 
 
 def test_a_dry_run_of_an_extraction_has_no_errors_yet():
-    text = words(shown(extract_text, samples.extract_report(estimate=90.0), dry_run=True))
-    assert "time about 1 min 30 s" in text
+    text = words(
+        shown(
+            extract_text,
+            samples.extract_report(estimate=samples.estimate(seconds=90.0, workers=1, write_rate=None)),
+            dry_run=True,
+        )
+    )
+    assert (
+        "time about 1 min 30 s with 1 worker memory 1.5 GB for a worker reads 5.0 GB, at 2.0 GB/s writes 2.5 GB"
+        in text
+    )
     assert "would write" in text
     assert "energy kept" not in text
 
@@ -219,7 +231,11 @@ def test_durations(seconds, text):
 @pytest.mark.parametrize(
     ("make", "report", "nested"),
     [
-        (checkpoint_data.bake_json, samples.bake_report(estimate=BakeEstimate(1.0, 2.0, 3.0)), "tensors"),
+        (
+            checkpoint_data.bake_json,
+            samples.bake_report(estimate=BakeEstimate(samples.estimate(), 2.0, 3.0)),
+            "tensors",
+        ),
         (checkpoint_data.extract_json, samples.extract_report(), "modules"),
         (checkpoint_data.verify_json, samples.failed_report(), "tensors"),
     ],
@@ -230,6 +246,24 @@ def test_json_has_every_field_of_a_report(make, report, nested):
     items = getattr(report, nested)
     assert [set(each) for each in found[nested]] == [set(item._fields) for item in items]
     assert found["arch"] == report.arch
+
+
+def test_an_estimate_says_what_workers_hold_together():
+    text = words(shown(extract_text, samples.extract_report(estimate=samples.estimate()), 160, dry_run=True))
+    assert "memory 1.5 GB for a worker; 4.0 GB in all" in text
+    assert "writes 2.5 GB, at 400.0 MB/s" in text
+
+
+def test_json_has_every_field_of_an_estimate():
+    estimate = samples.estimate()
+    fields = json.loads(data.dumps(estimate._asdict()))
+    extracted = json.loads(
+        data.dumps(checkpoint_data.extract_json(samples.extract_report(estimate=estimate)))
+    )
+    assert extracted["estimate"] == fields
+    report = samples.bake_report(estimate=BakeEstimate(estimate, 2.0, math.inf))
+    baked = json.loads(data.dumps(checkpoint_data.bake_json(report)))
+    assert baked["estimate"] == {**fields, "copy_rate": 2.0, "compute_rate": None}
 
 
 def test_json_keeps_values():

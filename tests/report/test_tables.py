@@ -69,3 +69,7 @@ def test_values_keep_their_numbers_and_units_at_any_width(width):
     text = rendered(lambda width, _: pairs(rows, width=width), width)
     assert "(870.0 kB)" in text
     assert max(map(cell_len, text.splitlines())) <= width
+
+
+def test_a_name_folds_even_where_there_is_no_room():
+    assert folded("ab", -1) == "a\nb"
