@@ -269,8 +269,8 @@ def compare(
     Args:
         adapters: From ``load``, or paths; two at least.
         weights: What each ΔW is multiplied by; default 1 each.
-        options: ``components``, ``modules``, ``suggest``, ``exact``, ``base``, ``arch``, ``device``, ``threads``; see
-            :func:`loratools.ops.compare.compare`.
+        options: ``components``, ``modules``, ``suggest``, ``exact``, ``base``, ``arch``, ``device``, ``threads``,
+            ``engine``; see :func:`loratools.ops.compare.compare`.
 
     Raises:
         LoraError: They cannot be compared.
@@ -483,8 +483,8 @@ def pack(libraries: Sequence[str | PathLike[str]], output: str | PathLike[str], 
         libraries: Adapters, or folders in which they lie at any depth.
         output: The pack, a folder.
         options: ``layout``, ``runtime``, ``max_rank``, ``ranks``, ``dtype``, ``base``, ``arch``, ``duplicate_error``,
-            ``shared_basis``, ``diagonal``, ``skip_unfit``, ``resume``, ``overwrite``, ``dry_run``; see
-            :func:`loratools.ops.pack.pack`.
+            ``shared_basis``, ``diagonal``, ``skip_unfit``, ``resume``, ``overwrite``, ``dry_run``, ``threads``,
+            ``engine``; see :func:`loratools.ops.pack.pack`.
 
     Raises:
         LoraError: Something does not fit, or cannot be read or written; no pack was written.

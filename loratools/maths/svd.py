@@ -155,7 +155,7 @@ def decompose_batch(
     known = tuple(energies) or (None,) * len(matrices)
     prepared = [_prepare(*each) for each in zip(matrices, levels, known, strict=True)]
     found = {index: _zero(one) for index, one in enumerate(prepared) if one.size.energy == 0.0}
-    for width in _widths(prepared[0].matrix, rule, method) if prepared else ():
+    for width in _widths(int(prepared[0].matrix.shape[1]), rule, method) if prepared else ():
         left = [index for index in range(len(prepared)) if index not in found]
         if not left:
             break
@@ -219,9 +219,19 @@ def _prepare(matrix: torch.Tensor, noise: float, known: float | None) -> _Prepar
     return _Prepared(matrix.mT if turned else matrix, exponent, turned, size)
 
 
-def _widths(matrix: torch.Tensor, rule: Rule, method: str) -> Iterator[int]:
+def widest_search(side: int, rule: Rule, method: str) -> int:
+    """How wide blocks a search may take for a matrix, a count; 0 where it is decomposed exactly at once.
+
+    Args:
+        side: The smaller of its sides.
+        rule: As in ``decompose``; likewise the method.
+        method: See there.
+    """
+    return max(_widths(side, rule, method), default=0)
+
+
+def _widths(side: int, rule: Rule, method: str) -> Iterator[int]:
     """The widths of blocks to search with, one after the other while they do not suffice; none for the exact way."""
-    side = int(matrix.shape[1])
     if method == "exact":
         return
     limit = side if rule.most is None else min(side, rule.most)
