@@ -24,7 +24,8 @@ def small_file_system(stage: Stage, operation: Operation, count: int, draw: Rand
     for number in range(count):
         folder = stage.fresh()
         size = int(_level(number, draw) * stage.bytes[operation.name])
-        with _mounted(folder, max(size // _PAGE, 4) * _PAGE):
+        least = 4 + 2 * len(stage.references[operation.name])  # pages: what an older output takes
+        with _mounted(folder, max(size // _PAGE, least) * _PAGE):
             old = _old(stage, operation, folder) if number % 2 else {}
             more = ["--overwrite"] if old else []
             if number % 4 < 2 and stage.has(operation, "--resume"):
