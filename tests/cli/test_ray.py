@@ -25,7 +25,9 @@ PATIENCE = 60.0  # seconds after which something else than the test is wrong
 
 # The program, whose tasks say when they begin, and wait but for the first ones.
 SLOW = """
-import os
+import os, signal
+# A run in the background may have been told to ignore interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from dataclasses import replace
 from loratools import cli
 from loratools.engine.ray import Ray

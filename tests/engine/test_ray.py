@@ -201,7 +201,9 @@ def test_what_has_started_is_ended_where_ray_does_not_start(
 
 
 SCRIPT = """
-import sys
+import signal, sys
+# A run in the background may have been told to ignore interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from loratools.engine.ray import Ray
 from tests.engine import work
 with Ray(workers=1) as found:
